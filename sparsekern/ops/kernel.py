@@ -1,0 +1,36 @@
+"""Kernel: one implementation of an op; pick() is the only dispatch in the project."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of an op.
+
+    run      does the work; every kernel of an op takes the same arguments as the op's `reference`
+    refuses  takes what `pick` was given; returns None, or in words why this kernel cannot serve it
+    prepare  for ops on packed weights: canonical format -> the tensors that `run` reads, made once on load
+    restore  the inverse of `prepare`, bit for bit
+    """
+
+    name: str
+    run: Callable[..., Any]
+    refuses: Callable[..., str | None]
+    prepare: Callable[..., Any] | None = None
+    restore: Callable[..., Any] | None = None
+
+
+def pick(kernels: tuple[Kernel, ...], *args: Any) -> Kernel:
+    """The first kernel that does not refuse `args`: the tuple's order is the preference.
+
+    Raises ValueError naming every kernel and its reason when all refuse.
+    """
+    reasons = []
+    for kernel in kernels:
+        reason = kernel.refuses(*args)
+        if reason is None:
+            return kernel
+        reasons.append(f"  {kernel.name}: {reason}")
+    raise ValueError("\n".join(["no kernel accepts these arguments", *reasons]))

@@ -1,0 +1,158 @@
+"""Which weights stay: a pattern turns a saliency into a mask.
+
+A mask is True where a weight is kept. Counts are exact and ties go to the lower index: of two equal saliencies the one
+that stands first in its row (then in the first row) is kept, so the same input always gives the same mask.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Scope = Literal["row", "block", "layer"]
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Prune round(sparsity * size) weights, wherever they stand.
+
+    sparsity  fraction pruned, 0..1
+    scope     where saliencies compete: each output row ("row"), the columns a solver updates together ("block"), or the
+              whole layer ("layer"); None leaves it to the method, as its paper has it
+
+    Raises ValueError for a sparsity outside 0..1 or an unknown scope.
+    """
+
+    sparsity: float
+    scope: Scope | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.sparsity <= 1:
+            raise ValueError(f"sparsity must lie in 0..1, got {self.sparsity}")
+        if self.scope not in ("row", "block", "layer", None):
+            raise ValueError(f'scope must be "row", "block" or "layer", got {self.scope!r}')
+
+    def __str__(self) -> str:
+        return f"{self.sparsity:.1%}".replace(".0%", "%")
+
+    def with_scope(self, scope: Scope) -> "Unstructured":
+        """This pattern, with `scope` where it named none."""
+        return self if self.scope else replace(self, scope=scope)
+
+    def check(self, in_features: int) -> None:
+        """Every layer can hold an unstructured mask."""
+
+    def kept(self, size: int) -> int:
+        """How many of `size` weights stay."""
+        return size - round(self.sparsity * size)
+
+    def mask(self, saliency: Tensor) -> Tensor:
+        """The weights to keep.
+
+        saliency  [out_features, in_features], lowest is pruned first
+
+        Returns a bool tensor of the same shape with exactly round(sparsity * size) False. Scope "row" spreads the
+        rounding over the rows, so that they differ by one weight at most and the total is still exact. Scope "block"
+        means: the columns given here are the block.
+        """
+        rows, columns = saliency.shape
+        if self.scope != "row":
+            return keep_largest(saliency.reshape(1, -1), [self.kept(saliency.numel())]).view(rows, columns)
+        ends = [self.kept(columns * row) for row in range(rows + 1)]
+        return keep_largest(saliency, [after - before for before, after in zip(ends, ends[1:], strict=False)])
+
+
+@dataclass(frozen=True)
+class NM:
+    """Keep n of every m neighbouring inputs: NM(2, 4) is what sparse tensor cores read.
+
+    Raises ValueError unless 0 < n <= m.
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self):
+        if not 0 < self.n <= self.m:
+            raise ValueError(f"N:M keeps N of every M, so 0 < N <= M is needed, got {self.n}:{self.m}")
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.n / self.m
+
+    def with_scope(self, scope: Scope) -> "NM":
+        """Groups compete with nobody: a scope changes nothing."""
+        return self
+
+    def check(self, in_features: int) -> None:
+        """Raises ValueError when `in_features` cannot be cut into groups."""
+        if in_features % self.m:
+            raise ValueError(f"pattern {self} needs in_features to be a multiple of {self.m}, got {in_features}")
+
+    def mask(self, saliency: Tensor) -> Tensor:
+        """The n largest of every group of m.
+
+        saliency  [out_features, in_features], lowest is pruned first
+
+        Returns a bool tensor of the same shape. Raises ValueError when in_features is not a multiple of m.
+        """
+        _refuse_nan(saliency)
+        self.check(saliency.shape[1])
+        groups = saliency.reshape(-1, self.m)
+        best = groups.sort(dim=1, descending=True, stable=True).indices[:, : self.n]
+        return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, best, True).view_as(saliency)
+
+
+Pattern = Unstructured | NM
+
+
+def as_pattern(spec: "Pattern | str | float") -> Pattern:
+    """Read "2:4", "50%", "0.5" or 0.5; a pattern comes back as it is.
+
+    Raises ValueError for anything else, saying what is understood.
+    """
+    if isinstance(spec, Unstructured | NM):
+        return spec
+    text = str(spec).strip()
+    n, colon, m = text.partition(":")
+    try:
+        if colon:
+            return NM(int(n), int(m))
+        return Unstructured(float(text[:-1]) / 100 if text.endswith("%") else float(text))
+    except ValueError as error:
+        reason = f": {error}" if "must lie" in str(error) or "is needed" in str(error) else ""
+        raise ValueError(f'pattern must be N:M like "2:4" or a sparsity like 0.5, got {spec!r}{reason}') from None
+
+
+def keep_largest(saliency: Tensor, kept: list[int]) -> Tensor:
+    """The kept[i] largest of row i, ties to the lower index, exactly.
+
+    saliency  [rows, columns]
+    kept      one count a row, 0..columns
+
+    Returns a bool tensor [rows, columns]. Raises ValueError on NaN.
+    """
+    _refuse_nan(saliency)
+    rows, columns = saliency.shape
+    count = torch.tensor(kept, device=saliency.device)[:, None]
+    if rows == 1 and 0 < kept[0] < columns:
+        # one long row: selecting is linear, sorting is not
+        threshold = saliency.kthvalue(columns - kept[0] + 1, dim=1).values[:, None]
+    else:
+        ascending = torch.cat([saliency.sort(dim=1).values, saliency.new_full((rows, 1), math.inf)], dim=1)
+        threshold = ascending.gather(1, columns - count)
+    above = saliency > threshold
+    tied = saliency == threshold
+    room = count - above.sum(dim=1, keepdim=True)
+    return above | (tied & (tied.cumsum(dim=1) <= room))
+
+
+def _refuse_nan(saliency: Tensor) -> None:
+    # NaN compares as neither larger nor smaller: it would break the counts and hide the fault that made it
+    if missing := int(saliency.isnan().sum()):
+        raise ValueError(f"saliency holds {missing} NaN values; check the weight and the statistics")

@@ -1,0 +1,130 @@
+"""Running statistics of a layer's input, in float32 whatever the model's dtype.
+
+Every eighth part of the tokens is held out: it never enters what a method solves with, and gives the report an error on
+tokens that the solver did not see.
+"""
+
+import torch
+from torch import Tensor
+
+HELD_OUT_PARTS = 8
+
+
+class InputNorm:
+    """How strong each input is: the l2 norm of every column of X (Wanda, https://arxiv.org/abs/2306.11695).
+
+    `norm` [in_features] float32 over all tokens seen, `tokens` their number.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu"):
+        self.tokens = 0
+        self._squares = torch.zeros(in_features, device=device)
+
+    def add(self, x: Tensor) -> None:
+        """Count the tokens x [tokens, in_features] in. Raises ValueError on NaN or inf."""
+        _refuse_not_finite(x)
+        self._squares += x.float().square().sum(dim=0)
+        self.tokens += len(x)
+
+    @property
+    def norm(self) -> Tensor:
+        return self._squares.sqrt()
+
+
+class Gram:
+    """The second moment of a layer's input, H = X^T X / tokens [in_features, in_features].
+
+    It is the Hessian of the layer's squared output error (up to a factor 2), the same for every row of W. The last
+    eighth of each batch of tokens goes to `held_out` instead.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu"):
+        self.tokens = 0
+        self.held_out_tokens = 0
+        self._sum = torch.zeros(in_features, in_features, device=device)
+        self._held_out_sum = torch.zeros_like(self._sum)
+        self._factors: dict[float, tuple[Tensor, float]] = {}
+
+    def add(self, x: Tensor) -> None:
+        """Count the tokens x [tokens, in_features] in. Raises ValueError on NaN or inf."""
+        _refuse_not_finite(x)
+        self._factors.clear()
+        solve = len(x) - len(x) // HELD_OUT_PARTS
+        # x^T x in half precision overflows at activations that real models have
+        seen, unseen = x[:solve].float(), x[solve:].float()
+        self._sum.addmm_(seen.T, seen)
+        self._held_out_sum.addmm_(unseen.T, unseen)
+        self.tokens += len(seen)
+        self.held_out_tokens += len(unseen)
+
+    @property
+    def hessian(self) -> Tensor:
+        return self._sum / max(self.tokens, 1)
+
+    @property
+    def norm(self) -> Tensor:
+        """What InputNorm holds, over the tokens that are not held out."""
+        return self._sum.diagonal().sqrt()
+
+    @property
+    def damping(self) -> float | None:
+        """What the last factorisation took; None before there was one."""
+        return next(reversed(self._factors.values()))[1] if self._factors else None
+
+    @property
+    def dead(self) -> Tensor:
+        """Inputs that were never active [in_features] bool."""
+        return self._sum.diagonal() == 0
+
+    def error(self, weight: Tensor, pruned: Tensor) -> float:
+        """The relative output error ||X (W - W')^T|| / ||X W^T|| on the tokens that were solved for."""
+        return _relative_error(self._sum, weight, pruned)
+
+    def held_out_error(self, weight: Tensor, pruned: Tensor) -> float | None:
+        """The same on the held-out tokens; None when there are none."""
+        return _relative_error(self._held_out_sum, weight, pruned) if self.held_out_tokens else None
+
+    def inverse_cholesky(self, damping: float) -> tuple[Tensor, float]:
+        """The upper triangular U with (H + damping * mean(diag H) * I)^-1 = U^T U, and the damping it took.
+
+        When the damped H is not positive definite the damping grows tenfold, up to 1; the value used is returned so
+        that a report can show it. Layers that share an input share the result.
+
+        Raises RuntimeError when no damping up to 1 suffices.
+        """
+        if damping not in self._factors:
+            self._factors[damping] = self._factor(damping)
+        return self._factors[damping]
+
+    def _factor(self, damping: float) -> tuple[Tensor, float]:
+        h = self.hessian
+        diagonal = h.diagonal()
+        mean = diagonal.mean()
+        # an input that was never active says nothing about its weights: keep H invertible
+        diagonal[self.dead] = mean if mean > 0 else 1.0
+        used = damping
+        while True:
+            damped = h.clone()
+            damped.diagonal().add_(used * mean)
+            # H = R R^T with R upper comes from the Cholesky factor of H read backwards, and then U = R^-1: one
+            # factorisation and one triangular inverse, where inverting H and factoring again takes three
+            lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+            if not failed and lower.isfinite().all():
+                identity = torch.eye(len(h), device=h.device)
+                r = lower.flip(0, 1)
+                return torch.linalg.solve_triangular(r, identity, upper=True).contiguous(), used
+            used = max(used * 10, 1e-4)
+            if used > 1:
+                raise RuntimeError(f"Hessian is not positive definite at damping 1 (asked: {damping})")
+
+
+def _relative_error(second_moment: Tensor, weight: Tensor, pruned: Tensor) -> float:
+    w, d = weight.float(), weight.float() - pruned.float()
+    squared = torch.sum((d @ second_moment) * d), torch.sum((w @ second_moment) * w)
+    # a layer whose output is zero has no relative error to speak of
+    return float((squared[0].clamp(min=0) / squared[1]).sqrt()) if squared[1] > 0 else 0.0
+
+
+def _refuse_not_finite(x: Tensor) -> None:
+    if not x.isfinite().all():
+        raise ValueError(f"activations hold {int((~x.isfinite()).sum())} NaN or infinite values")

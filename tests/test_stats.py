@@ -1,0 +1,116 @@
+"""Running statistics against the same computed at once in float64."""
+
+import pytest
+import torch
+
+from sparsekern.stats import Gram, InputNorm
+
+
+def tokens(count, in_features, seed=0):
+    return torch.randn(count, in_features, generator=torch.Generator().manual_seed(seed))
+
+
+def test_input_norm_is_the_column_norm_of_all_tokens():
+    x = tokens(50, 7)
+    norm = InputNorm(7)
+    for part in x.split(13):
+        norm.add(part)
+    torch.testing.assert_close(norm.norm.double(), x.double().norm(dim=0), rtol=1e-6, atol=0)
+    assert norm.tokens == 50
+
+
+def test_gram_is_the_mean_outer_product_of_the_first_seven_eighths_of_each_batch():
+    x = tokens(32, 5)
+    gram = Gram(5)
+    gram.add(x[:16])
+    gram.add(x[16:])
+    seen = torch.cat([x[:14], x[16:30]]).double()
+    torch.testing.assert_close(gram.hessian.double(), seen.T @ seen / 28, rtol=1e-5, atol=1e-6)
+    assert (gram.tokens, gram.held_out_tokens) == (28, 4)
+
+
+def test_fp16_activations_that_would_overflow_are_summed_in_float32():
+    x = torch.full((8, 3), 6e4, dtype=torch.float16)
+    gram, norm = Gram(3), InputNorm(3)
+    gram.add(x)
+    norm.add(x)
+    assert gram.hessian.isfinite().all()
+    assert norm.norm.isfinite().all()
+
+
+def test_error_is_the_relative_output_error_on_the_tokens_of_its_part():
+    x, weight = tokens(16, 6), tokens(4, 6, seed=1)
+    pruned = weight * (tokens(4, 6, seed=2) > 0)
+    gram = Gram(6)
+    gram.add(x)
+
+    def direct(part):
+        return ((part @ (weight - pruned).T).norm() / (part @ weight.T).norm()).item()
+
+    assert gram.error(weight, pruned) == pytest.approx(direct(x[:14]), rel=1e-5)
+    assert gram.held_out_error(weight, pruned) == pytest.approx(direct(x[14:]), rel=1e-5)
+
+
+def test_without_held_out_tokens_there_is_no_held_out_error():
+    gram = Gram(3)
+    gram.add(tokens(5, 3))
+    assert gram.held_out_error(torch.ones(2, 3), torch.zeros(2, 3)) is None
+
+
+def test_inverse_cholesky_is_upper_triangular_and_rebuilds_the_damped_inverse():
+    gram = Gram(9)
+    gram.add(tokens(64, 9))
+    u, damping = gram.inverse_cholesky(0.01)
+    h = gram.hessian.double()
+    damped = h + 0.01 * h.diagonal().mean() * torch.eye(9)
+    torch.testing.assert_close((u.T @ u).double(), damped.inverse(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(u, u.triu())
+    assert u.is_contiguous()
+    assert damping == 0.01
+
+
+def test_layers_that_share_an_input_share_the_factor():
+    gram = Gram(4)
+    gram.add(tokens(32, 4))
+    assert gram.inverse_cholesky(0.01)[0] is gram.inverse_cholesky(0.01)[0]
+    before = gram.inverse_cholesky(0.01)[0]
+    gram.add(tokens(32, 4, seed=1))
+    assert not torch.equal(gram.inverse_cholesky(0.01)[0], before)
+
+
+def test_an_indefinite_hessian_raises_the_damping_and_says_so():
+    gram = Gram(8)
+    # one token in eight dimensions: rank one, singular without damping
+    gram.add(tokens(1, 8))
+    u, damping = gram.inverse_cholesky(0.0)
+    assert damping > 0
+    assert u.isfinite().all()
+
+
+def test_a_hessian_that_no_damping_repairs_is_an_error():
+    gram = Gram(2)
+    gram.add(torch.eye(2))
+    gram._sum = torch.tensor([[1.0, 9.0], [9.0, 1.0]])
+    with pytest.raises(RuntimeError, match="not positive definite at damping 1"):
+        gram.inverse_cholesky(0.01)
+
+
+def test_dead_inputs_are_found_and_leave_the_hessian_invertible():
+    x = tokens(32, 6)
+    x[:, 4] = 0
+    gram = Gram(6)
+    gram.add(x)
+    assert gram.dead.tolist() == [False] * 4 + [True, False]
+    assert gram.inverse_cholesky(0.01)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("statistic", [Gram, InputNorm])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nan_and_infinity_never_reach_the_statistics(statistic, bad):
+    stats = statistic(4)
+    x = tokens(8, 4)
+    x[3, 2] = bad
+    with pytest.raises(ValueError, match="activations hold 1 NaN or infinite"):
+        stats.add(x)
+    assert stats.tokens == 0
+    assert stats.norm.eq(0).all()
