@@ -1,0 +1,5 @@
+"""Packed weights: one file a format, in the canonical order that is saved; pack, to_dense, nbytes, validate."""
+
+from sparsekern.formats.semi_structured import SemiStructured
+
+__all__ = ["SemiStructured"]

@@ -1,0 +1,117 @@
+"""2:4 semi-structured weights: two values of every four neighbouring inputs, and where they stand.
+
+    values    [out_features, in_features / 2]       the kept weights of each group, in the order of their positions
+    metadata  [out_features, ceil(in_features / 16)] int16, 4 groups a word, low bits first; a group's 4 bits are the
+              position of its first value (2 bits) and of its second (2 bits), first < second
+
+A group with fewer than two nonzeros is filled up with zeros at the lowest free positions, so that equal weights pack to
+equal bits. This is the order of the metadata operand of mma.sp; a kernel's own shuffle is made from it on load.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+# the six ways to choose two of four, as first | second << 2
+_VALID = torch.tensor([first | second << 2 for first in range(4) for second in range(first + 1, 4)])
+
+
+@dataclass(frozen=True, eq=False)
+class SemiStructured:
+    """A 2:4 weight [out_features, in_features]; `values` and `metadata` as the module says."""
+
+    values: Tensor
+    metadata: Tensor
+    in_features: int
+
+    name: ClassVar[str] = "2:4"
+
+    @classmethod
+    def refuses(cls, weight: Tensor) -> str | None:
+        """Why `weight` [out_features, in_features] is not 2:4, or None."""
+        if weight.shape[1] % 4:
+            return f"not 2:4: in_features must be a multiple of 4, got {weight.shape[1]}"
+        crowded = (weight.unflatten(1, (-1, 4)) != 0).sum(dim=2) > 2
+        if not crowded.any():
+            return None
+        row, group = crowded.nonzero()[0].tolist()
+        held = int((weight[row, 4 * group : 4 * group + 4] != 0).sum())
+        return (
+            f"not 2:4: row {row}, columns {4 * group}..{4 * group + 3} hold {held} nonzeros; "
+            f'prune with pattern "2:4" first ({int(crowded.sum())} groups like this)'
+        )
+
+    @classmethod
+    def pack(cls, weight: Tensor) -> "SemiStructured":
+        """Pack `weight` [out_features, in_features]; -0.0 becomes +0.0.
+
+        Raises ValueError when a group of four holds more than two nonzeros, naming row and columns, and on NaN or inf.
+        """
+        if not weight.isfinite().all():
+            raise ValueError(f"weight holds {int((~weight.isfinite()).sum())} NaN or infinite values")
+        if reason := cls.refuses(weight):
+            raise ValueError(reason)
+        out_features, in_features = weight.shape
+        groups = weight.reshape(out_features, in_features // 4, 4)
+        # nonzeros first, then the lowest free positions; then back into ascending order
+        kept = (groups == 0).to(torch.uint8).sort(dim=2, stable=True).indices[..., :2].sort(dim=2).values
+        values = groups.gather(2, kept) + 0.0
+        bits = kept[..., 0] | kept[..., 1] << 2
+        words = torch.nn.functional.pad(bits, (0, -bits.shape[1] % 4), value=0b0100).view(out_features, -1, 4)
+        metadata = (words << torch.tensor([0, 4, 8, 12], device=weight.device)).sum(dim=2)
+        return cls(values.reshape(out_features, -1), _as_int16(metadata), in_features)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.values), self.in_features
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.metadata.nbytes
+
+    def to_dense(self) -> Tensor:
+        """The weight [out_features, in_features], bit for bit what was packed (with -0.0 as +0.0)."""
+        out_features, in_features = self.shape
+        bits = self._groups()
+        positions = torch.stack([bits & 3, bits >> 2], dim=2)
+        dense = self.values.new_zeros(out_features, in_features // 4, 4)
+        return dense.scatter(2, positions, self.values.view(out_features, -1, 2)).view(out_features, in_features)
+
+    def validate(self) -> None:
+        """Raises ValueError when the tensors cannot be a 2:4 weight: sizes, dtypes, positions."""
+        if self.in_features % 4 or self.in_features < 0:
+            raise ValueError(f"in_features must be a multiple of 4, got {self.in_features}")
+        if self.values.dim() != 2 or self.values.shape[1] != self.in_features // 2:
+            raise ValueError(f"values must be [out_features, {self.in_features // 2}], got {list(self.values.shape)}")
+        if not self.values.is_floating_point():
+            raise ValueError(f"values must be floating point, got {self.values.dtype}")
+        words = [len(self.values), -(-self.in_features // 16)]
+        if self.metadata.dtype != torch.int16 or list(self.metadata.shape) != words:
+            raise ValueError(f"metadata must be int16 {words}, got {self.metadata.dtype} {list(self.metadata.shape)}")
+        bits = self._groups()
+        wrong = ~torch.isin(bits, _VALID.to(self.device))
+        if wrong.any():
+            row, group = wrong.nonzero()[0].tolist()
+            first, second = int(bits[row, group] & 3), int(bits[row, group] >> 2)
+            raise ValueError(
+                f"positions must ascend: row {row}, columns {4 * group}..{4 * group + 3} have {first}, {second}"
+            )
+
+    def _groups(self) -> Tensor:
+        """The 4 bits of each group [out_features, in_features / 4], int64."""
+        nibbles = (self.metadata.long()[:, :, None] >> torch.tensor([0, 4, 8, 12], device=self.device)) & 15
+        return nibbles.view(len(self.values), -1)[:, : self.in_features // 4]
+
+
+def _as_int16(words: Tensor) -> Tensor:
+    return torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16)
