@@ -1,0 +1,71 @@
+"""The doors to the compiled modules, sparsekern._cpu and sparsekern._cuda, and why one is shut.
+
+A module is missing for one of three reasons, told apart in words: it was not built, it cannot be loaded, or it was
+built for another version of Python or of this package.
+"""
+
+import functools
+import importlib
+import importlib.machinery
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+# first: its OpenMP runtime is then the one the modules share
+import torch  # noqa: F401
+
+# what the Python side expects of the binding: kAbi of csrc/ops.h, raised with every change of a function's arguments
+ABI = 1
+
+_PACKAGE = Path(__file__).parent.parent
+_REBUILD = "install sparsekern again"
+
+
+def cpu() -> ModuleType | None:
+    """sparsekern._cpu, or None; `why_not("cpu")` says why."""
+    return _load("cpu")[0]
+
+
+def cuda() -> ModuleType | None:
+    """sparsekern._cuda, or None; `why_not("cuda")` says why. That it loads does not say that there is a card."""
+    return _load("cuda")[0]
+
+
+def why_not(name: str) -> str | None:
+    """None when sparsekern._`name` is loaded, else the reason in words. name is "cpu" or "cuda"."""
+    return _load(name)[1]
+
+
+def how_built(name: str) -> dict[str, Any]:
+    """What setup.py wrote of sparsekern._`name`: built, compiler, flags or why_not; empty when it wrote nothing."""
+    record = _PACKAGE / "_build.json"
+    return json.loads(record.read_text(encoding="utf-8")).get(name, {}) if record.exists() else {}
+
+
+@functools.cache
+def _load(name: str) -> tuple[ModuleType | None, str | None]:
+    full_name = f"sparsekern._{name}"
+    try:
+        module = importlib.import_module(full_name)
+    except ModuleNotFoundError as error:
+        if error.name != full_name:
+            return None, f"cannot be loaded: {error}"
+        return None, _not_there(name)
+    except ImportError as error:
+        return None, f"cannot be loaded: {str(error).splitlines()[0]}"
+    abi = getattr(module, "ABI", None)
+    if abi != ABI:
+        return None, f"built for another version: its binding is {abi}, this package's is {ABI}; {_REBUILD}"
+    return module, None
+
+
+def _not_there(name: str) -> str:
+    others = [f.name for f in sorted(_PACKAGE.glob(f"_{name}.*")) if f.suffix in (".so", ".pyd")]
+    if others:
+        wanted = importlib.machinery.EXTENSION_SUFFIXES[0]
+        return f"built for another version: found {others[0]}, this Python wants _{name}{wanted}; {_REBUILD}"
+    how = how_built(name)
+    if how.get("built"):
+        return f"not built: it was, with {how['compiler']}, but its file is gone; {_REBUILD}"
+    return f"not built: {how.get('why_not', 'the package was not installed, only found')}"
