@@ -1,0 +1,66 @@
+// sparsekern._cuda: the ops of cuda/ops.h for Python. Addresses and the stream come as integers; a launch that fails is
+// raised with the runtime's own words.
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/ops.h"
+#include "ops.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void check(bool right, const std::string& message) {
+  if (!right) throw py::value_error(message);
+}
+
+void raise(const char* op, cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(error));
+}
+
+template <typename Value>
+void linear_bitmap(uintptr_t x, int64_t x_size, uintptr_t values, uintptr_t bitmap, int64_t bitmap_size,
+                   uintptr_t row_offsets, int64_t row_offsets_size, uintptr_t bias, int64_t bias_size, uintptr_t y,
+                   int64_t y_size, int64_t tokens, int64_t in_features, uintptr_t stream) {
+  const int64_t out_features = row_offsets_size - 1;
+  int64_t needed;
+  check(tokens >= 0 && in_features >= 0 && out_features >= 0, "sizes must not be negative");
+  check(!__builtin_mul_overflow(tokens, in_features, &needed) && x_size == needed,
+        "x must hold tokens * in_features elements, got " + std::to_string(x_size));
+  check(!__builtin_mul_overflow(tokens, out_features, &needed) && y_size == needed,
+        "y must hold tokens * out_features elements, got " + std::to_string(y_size));
+  check(!__builtin_mul_overflow(out_features, (in_features + 7) / 8, &needed) && bitmap_size == needed,
+        "bitmap must hold out_features * ceil(in_features / 8) bytes, got " + std::to_string(bitmap_size));
+  check(bias == 0 || bias_size == out_features,
+        "bias must hold " + std::to_string(out_features) + " elements, got " + std::to_string(bias_size));
+  raise("linear_bitmap", sparsekern::cuda::linear_bitmap(
+                             at<const Value>(x), at<const Value>(values), at<const uint8_t>(bitmap),
+                             at<const int64_t>(row_offsets), at<const Value>(bias), at<Value>(y), tokens, out_features,
+                             in_features, at<CUstream_st>(stream)));
+}
+
+template <typename Value>
+void bind_linear_bitmap(py::module_& module, const char* name) {
+  module.def(name, &linear_bitmap<Value>, py::arg("x"), py::arg("x_size"), py::arg("values"), py::arg("bitmap"),
+             py::arg("bitmap_size"), py::arg("row_offsets"), py::arg("row_offsets_size"), py::arg("bias"),
+             py::arg("bias_size"), py::arg("y"), py::arg("y_size"), py::arg("tokens"), py::arg("in_features"),
+             py::arg("stream"));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, module) {
+  module.attr("ABI") = sparsekern::kAbi;
+  bind_linear_bitmap<__nv_bfloat16>(module, "linear_bitmap_bf16");
+  bind_linear_bitmap<__half>(module, "linear_bitmap_fp16");
+  bind_linear_bitmap<float>(module, "linear_bitmap_fp32");
+}

@@ -1,0 +1,125 @@
+"""csrc/cuda/linear_bitmap.cu without a card: its own source runs on the CPU, and nvcc compiles it without spills."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsekern.formats import Bitmap
+from sparsekern.ops import compiled, linear_bitmap
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+SOURCE = CSRC / "cuda/linear_bitmap.cu"
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-5}
+
+
+@pytest.fixture(scope="module")
+def on_host(tmp_path_factory):
+    """The kernel as a program of the CPU: only the launch syntax, which is not C++, is rewritten."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ was found")
+    folder = tmp_path_factory.mktemp("cuda_on_host")
+    source, launches = re.subn(
+        r"(\w+<\w+>)<<<(.+), (\w+), 0, stream>>>\(", r"launch_on_host(\1, \2, \3, ", SOURCE.read_text()
+    )
+    assert launches == 1
+    (folder / "linear_bitmap.cu.h").write_text(source)
+    program = folder / "linear_bitmap"
+    command = [compiler, "-std=c++17", "-O1", "-I", HERE, "-I", folder, "-I", CSRC / "cuda", HERE / "linear_bitmap.cpp"]
+    # a g++ without the sanitizers' libraries still compares the numbers
+    for sanitizers in (["-fsanitize=address,undefined", "-fno-sanitize-recover=all"], []):
+        done = subprocess.run([*command, *sanitizers, "-o", program], capture_output=True, text=True)
+        if done.returncode == 0:
+            return program
+    raise AssertionError(done.stderr)
+
+
+def run(program, x, packed, bias):
+    """y of the program, read from its standard output."""
+    out_features, in_features = packed.shape
+    sizes = [x.shape[0], out_features, in_features, len(packed.values), int(bias is not None)]
+    tensors = [x, packed.values, packed.bitmap, packed.row_offsets, *([] if bias is None else [bias])]
+    done = subprocess.run(
+        [program, TYPES[x.dtype], *map(str, sizes)],
+        input=b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors if t.numel()),
+        capture_output=True,
+        env={"ASAN_OPTIONS": "detect_leaks=0"},
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    return torch.frombuffer(bytearray(done.stdout), dtype=x.dtype).view(x.shape[0], out_features)
+
+
+def problem(tokens, out_features, in_features, dtype):
+    g = torch.Generator().manual_seed(in_features)
+    weight = torch.randn(out_features, in_features, generator=g)
+    weight *= torch.rand(out_features, in_features, generator=g) < 0.5
+    # one full and one empty row
+    weight[0] = 1.5
+    weight[-1] = 0.0
+    x, bias = torch.randn(tokens, in_features, generator=g), torch.randn(out_features, generator=g)
+    return x.to(dtype), weight.to(dtype), bias.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=TYPES.values())
+@pytest.mark.parametrize(
+    ("tokens", "out_features", "in_features"),
+    [(1, 1, 1), (1, 7, 37), (3, 37, 8), (4, 129, 64), (5, 2, 100), (9, 130, 17)],
+    ids=str,
+)
+def test_the_kernel_matches_float64_and_reads_nothing_else(on_host, dtype, tokens, out_features, in_features):
+    x, weight, bias = problem(tokens, out_features, in_features, dtype)
+    packed = Bitmap.pack(weight)
+    for b in (bias, None):
+        expected = x.double() @ weight.double().T + (0 if b is None else b.double())
+        torch.testing.assert_close(
+            run(on_host, x, packed, b).double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+        )
+
+
+def test_infinity_at_a_pruned_input_reaches_the_output_as_in_the_dense_product(on_host):
+    x, packed = torch.tensor([[float("inf"), 1.0]]), Bitmap.pack(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+    expected = linear_bitmap.reference(x, packed, None)
+    assert expected[0].isnan().tolist() == [True, False]
+    torch.testing.assert_close(run(on_host, x, packed, None), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("arch", ["80", "90a"])
+def test_nvcc_needs_no_spills_and_few_registers(arch, tmp_path):
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc was found on PATH")
+    gencode = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    done = subprocess.run(
+        ["nvcc", "-O3", "-std=c++17", gencode, "-Xptxas=-v", "-c", SOURCE, "-o", tmp_path / "linear_bitmap.o"],
+        capture_output=True,
+        text=True,
+    )
+    if "Unsupported gpu architecture" in done.stderr:
+        pytest.skip(f"this nvcc does not know sm_{arch}")
+    assert done.returncode == 0, done.stderr
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    assert spills == [("0", "0")] * len(TYPES)
+    # more than 64 would leave half of the warps out
+    assert all(int(registers) <= 64 for registers in re.findall(r"Used (\d+) registers", done.stderr))
+
+
+def test_a_launch_without_a_driver_is_a_runtime_error_in_cudas_words():
+    if compiled.cuda() is None:
+        pytest.skip(f"sparsekern._cuda: {compiled.why_not('cuda')}")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a driver and a card")
+    with pytest.raises(RuntimeError, match="linear_bitmap: .*(CUDA|driver|device)"):
+        compiled.cuda().linear_bitmap_fp32(0, 1, 0, 0, 1, 0, 2, 0, 0, 0, 1, 1, 1, 0)
+
+
+@pytest.mark.parametrize(("x_size", "said"), [(3, "x must hold"), (2, "y must hold")])
+def test_the_binding_refuses_sizes_that_contradict_each_other(x_size, said):
+    if compiled.cuda() is None:
+        pytest.skip(f"sparsekern._cuda: {compiled.why_not('cuda')}")
+    with pytest.raises(ValueError, match=said):
+        compiled.cuda().linear_bitmap_fp32(0, x_size, 0, 0, 1, 0, 2, 0, 0, 0, 7, 1, 2, 0)
