@@ -1,5 +1,6 @@
 """Packed weights: one file a format, in the canonical order that is saved; pack, to_dense, nbytes, validate."""
 
+from sparsekern.formats.bitmap import Bitmap
 from sparsekern.formats.semi_structured import SemiStructured
 
-__all__ = ["SemiStructured"]
+__all__ = ["Bitmap", "SemiStructured"]
