@@ -1,6 +1,26 @@
 """sparsekern: prune a model, pack it, swap its Linear layers for sparse ones, and measure what became faster."""
 
+from sparsekern.linear import SparseLinear, densify, sparsify
+from sparsekern.measure import measure
 from sparsekern.methods import Magnitude, SparseGPT, Wanda
-from sparsekern.pattern import NM, Unstructured
+from sparsekern.oneshot import prune
+from sparsekern.pattern import NM, Unstructured, as_pattern
+from sparsekern.plan import Plan, Unmeasured
 
-__all__ = ["NM", "Magnitude", "SparseGPT", "Unstructured", "Wanda"]
+__version__ = "0.1.0"
+
+__all__ = [
+    "NM",
+    "Magnitude",
+    "Plan",
+    "SparseGPT",
+    "SparseLinear",
+    "Unmeasured",
+    "Unstructured",
+    "Wanda",
+    "as_pattern",
+    "densify",
+    "measure",
+    "prune",
+    "sparsify",
+]

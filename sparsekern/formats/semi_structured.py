@@ -29,21 +29,6 @@ class SemiStructured:
     name: ClassVar[str] = "2:4"
 
     @classmethod
-    def refuses(cls, weight: Tensor) -> str | None:
-        """Why `weight` [out_features, in_features] is not 2:4, or None."""
-        if weight.shape[1] % 4:
-            return f"not 2:4: in_features must be a multiple of 4, got {weight.shape[1]}"
-        crowded = (weight.unflatten(1, (-1, 4)) != 0).sum(dim=2) > 2
-        if not crowded.any():
-            return None
-        row, group = crowded.nonzero()[0].tolist()
-        held = int((weight[row, 4 * group : 4 * group + 4] != 0).sum())
-        return (
-            f"not 2:4: row {row}, columns {4 * group}..{4 * group + 3} hold {held} nonzeros; "
-            f'prune with pattern "2:4" first ({int(crowded.sum())} groups like this)'
-        )
-
-    @classmethod
     def pack(cls, weight: Tensor) -> "SemiStructured":
         """Pack `weight` [out_features, in_features]; -0.0 becomes +0.0.
 
@@ -51,10 +36,11 @@ class SemiStructured:
         """
         if not weight.isfinite().all():
             raise ValueError(f"weight holds {int((~weight.isfinite()).sum())} NaN or infinite values")
-        if reason := cls.refuses(weight):
-            raise ValueError(reason)
         out_features, in_features = weight.shape
+        if in_features % 4:
+            raise ValueError(f"not 2:4: in_features must be a multiple of 4, got {in_features}")
         groups = weight.reshape(out_features, in_features // 4, 4)
+        _refuse_crowded(groups)
         # nonzeros first, then the lowest free positions; then back into ascending order
         kept = (groups == 0).to(torch.uint8).sort(dim=2, stable=True).indices[..., :2].sort(dim=2).values
         values = groups.gather(2, kept) + 0.0
@@ -111,6 +97,17 @@ class SemiStructured:
         """The 4 bits of each group [out_features, in_features / 4], int64."""
         nibbles = (self.metadata.long()[:, :, None] >> torch.tensor([0, 4, 8, 12], device=self.device)) & 15
         return nibbles.view(len(self.values), -1)[:, : self.in_features // 4]
+
+
+def _refuse_crowded(groups: Tensor) -> None:
+    counts = (groups != 0).sum(dim=2)
+    crowded = (counts > 2).nonzero()
+    if len(crowded):
+        row, group = crowded[0].tolist()
+        raise ValueError(
+            f"not 2:4: row {row}, columns {4 * group}..{4 * group + 3} hold {counts[row, group]} nonzeros; "
+            f'prune with pattern "2:4" first ({len(crowded)} groups like this)'
+        )
 
 
 def _as_int16(words: Tensor) -> Tensor:

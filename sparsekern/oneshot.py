@@ -1,0 +1,185 @@
+"""prune(): one method over a whole model, one decoder block after the other."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from sparsekern import hf
+from sparsekern.calibrate import Walk
+from sparsekern.pattern import Pattern, as_pattern
+from sparsekern.stats import Gram
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What pruning did to one layer.
+
+    error           ||X (W - W')^T|| / ||X W^T|| on the calibration tokens, None without statistics
+    held_out_error  the same on tokens that the method did not see
+    damping         what the factorisation of H took, None where none was needed
+    dead_inputs     inputs that were zero on every token
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    sparsity: float
+    error: float | None
+    held_out_error: float | None
+    damping: float | None
+    dead_inputs: int | None
+    seconds: float
+
+
+@dataclass
+class PruneReport:
+    """What pruning did to a model: `layers` in order, `skipped` ones with the reason, `calibration`: how it went."""
+
+    method: str
+    pattern: str
+    layers: list[LayerReport] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    calibration: str = "none"
+    seconds: float = 0.0
+
+    @property
+    def sparsity(self) -> float:
+        """Over all pruned layers, by weights."""
+        sizes = [layer.out_features * layer.in_features for layer in self.layers]
+        zeros = [layer.sparsity * size for layer, size in zip(self.layers, sizes, strict=True)]
+        return sum(zeros) / max(sum(sizes), 1)
+
+    @property
+    def held_out_error(self) -> float | None:
+        """The mean over the layers."""
+        errors = [layer.held_out_error for layer in self.layers if layer.held_out_error is not None]
+        return sum(errors) / len(errors) if errors else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "sparsity": self.sparsity, "held_out_error": self.held_out_error}
+
+    def __str__(self) -> str:
+        error = f", held-out error {self.held_out_error:.4f} a layer" if self.held_out_error is not None else ""
+        return (
+            f"{self.method} {self.pattern}: {len(self.layers)} layers, sparsity {self.sparsity:.2%}{error}, "
+            f"{len(self.skipped)} skipped, {self.seconds:.1f} s"
+        )
+
+
+def prune(
+    model: nn.Module,
+    method: Any,
+    pattern: Pattern | str | float,
+    calibration: Iterable[Any] | None = None,
+    *,
+    skip: Iterable[str] = (),
+    errors: bool = True,
+    progress: bool = False,
+) -> PruneReport:
+    """Prune the Linear layers of the model's blocks in place; their weights then hold zeros.
+
+    method       one of sparsekern.methods, e.g. SparseGPT()
+    pattern      "2:4", 0.5, "50%", NM(...) or Unstructured(...)
+    calibration  batches of token ids [batch, tokens], or keyword batches for models that take something else; a method
+                 that needs no statistics does without, and the report then holds no errors
+    skip         names of layers to leave dense, with wildcards: "*.down_proj"
+    errors       gather a Gram matrix of every input for the report; False gathers only what the method needs
+    progress     show a progress bar on standard error
+
+    Every layer is checked before the first weight changes. Raises ValueError naming the layer when the pattern does not
+    fit it, its weight or an activation is not finite, or its weight is on the meta device; ValueError when the method
+    needs calibration and there is none; RuntimeError when a Hessian cannot be factored.
+    """
+    started = time.perf_counter()
+    pattern = as_pattern(pattern)
+    if method.needs is not None and calibration is None:
+        raise ValueError(f"{type(method).__name__} needs calibration batches, got None; Magnitude() does without")
+    layers, skipped = select(model, pattern, skip)
+    report = PruneReport(repr(method), str(pattern), skipped=skipped)
+    statistic = Gram if errors else method.needs
+    walk = None if calibration is None or statistic is None else Walk(model, calibration, statistic)
+    visits = walk or ((name, layer, None) for name, layer in layers)
+    names = {name for name, _ in layers}
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, disable=not progress, console=Console(stderr=True)) as bar:
+        task = bar.add_task("pruning", total=len(layers))
+        for name, layer, stats in visits:
+            if name in names:
+                bar.update(task, description=name)
+                report.layers.append(_prune_layer(name, layer, stats, method, pattern))
+                bar.advance(task)
+    if walk is not None:
+        report.calibration = walk.how + (f": {walk.why}" if walk.why else "")
+        report.skipped += [(name, "never called on the calibration batches") for name in walk.never_called]
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def select(
+    model: nn.Module, pattern: Pattern, skip: Iterable[str] = ()
+) -> tuple[list[tuple[str, nn.Module]], list[tuple[str, str]]]:
+    """The layers that prune() would prune, checked, and those it would leave dense with the reason; both with names.
+
+    Raises ValueError as prune() does.
+    """
+    skip = tuple(skip)
+    layers, left = [], []
+    for name, layer in hf.layers(model):
+        (left if any(fnmatch(name, glob) for glob in skip) else layers).append((name, layer))
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no layer left to prune: {len(left)} skipped by name")
+    for name, layer in layers:
+        _check(name, layer, pattern)
+    return layers, [*hf.skipped(model), *((name, "skipped by name") for name, _ in left)]
+
+
+def _check(name: str, layer: nn.Module, pattern: Pattern) -> None:
+    weight = hf.weight(layer)
+    if weight.is_meta:
+        raise ValueError(f"{name}: weight is on the meta device; load the model without offloading (device_map=None)")
+    try:
+        pattern.check(weight.shape[1])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}; leave the layer dense with skip") from None
+    if not weight.isfinite().all():
+        raise ValueError(f"{name}: weight holds {int((~weight.isfinite()).sum())} NaN or infinite values")
+
+
+@torch.no_grad()
+def _prune_layer(name: str, layer: nn.Module, stats: Any, method: Any, pattern: Pattern) -> LayerReport:
+    started = time.perf_counter()
+    weight = hf.weight(layer)
+    try:
+        # the model's dtype rounds what the method found: the report is about what the layer now holds; + 0.0 turns
+        # -0.0, which a packed format would take for a zero with a sign, into 0.0
+        pruned = method.prune(weight, stats, pattern).to(weight.dtype) + 0.0
+    except (ValueError, RuntimeError) as error:
+        raise type(error)(f"{name}: {error}") from error
+    measured = _errors(weight, pruned, stats)
+    weight.copy_(pruned)
+    return LayerReport(
+        name=name,
+        out_features=weight.shape[0],
+        in_features=weight.shape[1],
+        sparsity=float((pruned == 0).float().mean()),
+        seconds=time.perf_counter() - started,
+        **measured,
+    )
+
+
+def _errors(weight: Tensor, pruned: Tensor, stats: Any) -> dict[str, Any]:
+    if not isinstance(stats, Gram):
+        return {"error": None, "held_out_error": None, "damping": None, "dead_inputs": None}
+    return {
+        "error": stats.error(weight, pruned),
+        "held_out_error": stats.held_out_error(weight, pruned),
+        "damping": stats.damping,
+        "dead_inputs": int(stats.dead.sum()),
+    }

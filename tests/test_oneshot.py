@@ -1,0 +1,142 @@
+"""prune() over a whole model: exact masks, an untouched rest, and errors that come before any weight changes."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import sparsekern as sk
+from sparsekern.methods import METHODS
+from sparsekern.stats import Gram
+
+VOCAB = 61
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def batches():
+    return list(torch.randint(0, VOCAB, (6, 2, 24), generator=torch.Generator().manual_seed(1)))
+
+
+def linears(model):
+    return {name: layer for name, layer in model.model.named_modules() if isinstance(layer, nn.Linear)}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", 0.6], ids=str)
+def test_every_block_layer_is_pruned_and_nothing_else_changes(model, batches, method, pattern):
+    before = copy.deepcopy(model)
+    report = sk.prune(model, method(), pattern, batches)
+    for layer in linears(model).values():
+        assert (layer.weight == 0).sum() == round(sk.as_pattern(pattern).sparsity * layer.weight.numel())
+    assert len(report.layers) == len(linears(model)) == 14
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before.get_parameter(name))}
+    assert changed == {f"{layer.name}.weight" for layer in report.layers}
+    assert "lm_head" in dict(report.skipped)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_the_report_holds_the_errors_of_the_layers_as_they_now_are(model, batches):
+    """The first block's inputs do not depend on any pruned weight, so a plain forward tells what the errors must be."""
+    before = copy.deepcopy(model)
+    report = sk.prune(model, sk.Wanda(), "2:4", batches)
+    seen = Gram(32)
+    layer = before.model.layers[0].self_attn.q_proj
+    layer.register_forward_pre_hook(lambda _, args: seen.add(args[0].reshape(-1, 32)))
+    with torch.no_grad():
+        for batch in batches:
+            before(batch, use_cache=False)
+    row = next(row for row in report.layers if row.name == "model.layers.0.self_attn.q_proj")
+    pruned = model.model.layers[0].self_attn.q_proj.weight
+    assert row.error == pytest.approx(seen.error(layer.weight.detach(), pruned.detach()), rel=1e-4)
+    assert row.held_out_error == pytest.approx(seen.held_out_error(layer.weight.detach(), pruned.detach()), rel=1e-4)
+    assert (row.damping, row.dead_inputs, row.sparsity) == (None, 0, 0.5)
+
+
+def test_the_report_shows_the_damping_that_was_used(model, batches):
+    report = sk.prune(model, sk.SparseGPT(block_size=16, damping=0.02), "2:4", batches)
+    assert {row.damping for row in report.layers} == {0.02}
+    assert report.calibration == "replay"
+    assert report.to_json()["layers"][0]["name"] == report.layers[0].name
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+def test_pruning_twice_changes_nothing(model, batches, method):
+    sk.prune(model, method(), 0.5, batches)
+    once = copy.deepcopy(model.state_dict())
+    sk.prune(model, method(), 0.5, batches)
+    assert all(torch.equal(value, once[name]) for name, value in model.state_dict().items())
+
+
+def test_magnitude_needs_no_calibration(model):
+    report = sk.prune(model, sk.Magnitude(), 0.5)
+    assert report.sparsity == 0.5
+    assert report.held_out_error is None
+
+
+def test_wanda_without_errors_prunes_alike_on_the_same_tokens(model, batches):
+    # batches of seven tokens hold nothing out, so both statistics see the same
+    batches = [batch[:1, :7] for batch in batches]
+    other = copy.deepcopy(model)
+    sk.prune(model, sk.Wanda(), "2:4", batches)
+    report = sk.prune(other, sk.Wanda(), "2:4", batches, errors=False)
+    assert report.held_out_error is None
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_bf16_models_hold_exact_zeros_and_no_negative_ones(model, batches):
+    model.bfloat16()
+    sk.prune(model, sk.SparseGPT(), "2:4", batches)
+    for layer in linears(model).values():
+        assert layer.weight.dtype == torch.bfloat16
+        assert not torch.signbit(layer.weight[layer.weight == 0]).any()
+
+
+def test_layers_are_skipped_by_name(model, batches):
+    before = copy.deepcopy(model)
+    report = sk.prune(model, sk.Wanda(), 0.5, batches, skip=["*.down_proj"])
+    assert torch.equal(model.model.layers[1].mlp.down_proj.weight, before.model.layers[1].mlp.down_proj.weight)
+    assert ("model.layers.1.mlp.down_proj", "skipped by name") in report.skipped
+
+
+def refused(model, match, *args, **kwargs):
+    """The call raises, and no weight has changed."""
+    before = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=match):
+        sk.prune(model, *args, **kwargs)
+    same = zip(model.parameters(), before.parameters(), strict=True)
+    assert all(a.is_meta or torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in same)
+
+
+def test_a_layer_that_m_does_not_divide_is_named_before_anything_changes(model, batches):
+    match = r"model\.layers\.0\.self_attn\.q_proj: pattern 5:7 needs in_features to be a multiple of 7, got 32"
+    refused(model, match, sk.Wanda(), "5:7", batches)
+
+
+def test_a_nan_weight_is_named_before_anything_changes(model, batches):
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
+    refused(model, r"model\.layers\.1\.mlp\.up_proj: weight holds 1 NaN", sk.Wanda(), 0.5, batches)
+
+
+def test_a_meta_weight_is_named_with_the_remedy(model):
+    model.model.layers[1].mlp.up_proj.to("meta")
+    refused(model, r"model\.layers\.1\.mlp\.up_proj: .*meta device.*without offloading", sk.Magnitude(), 0.5)
+
+
+def test_a_method_without_the_calibration_it_needs_is_refused(model):
+    refused(model, "Wanda needs calibration batches, got None", sk.Wanda(), 0.5)
+
+
+def test_no_layer_left_is_refused(model):
+    refused(model, "has no layer left to prune: 14 skipped by name", sk.Magnitude(), 0.5, skip=["*"])
