@@ -1,0 +1,267 @@
+"""hf: the one module that knows transformers: where a model's blocks and layers are, how models are loaded and saved.
+
+A layer can be pruned when its forward is exactly x W^T + b: nn.Linear, and transformers' Conv1D, which holds W^T.
+Blocks are found by structure (the outermost ModuleLists), so that a plain nn.Module works as well.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from transformers.pytorch_utils import Conv1D
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The model's encoder and decoder blocks with their names, in the order they stand: an encoder before its decoder.
+
+    A block is an element of an outermost nn.ModuleList that holds linear layers. Raises TypeError when there is none.
+    """
+    found = {id(block): (name, block) for name, block in reversed(list(_blocks_below(model, "")))}
+    if not found:
+        raise TypeError(f"{type(model).__name__} has no blocks: no nn.ModuleList whose elements hold linear layers")
+    return list(reversed(found.values()))
+
+
+def layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers that can be pruned, with their full names, block by block.
+
+    Never the output embeddings, tied weights, routers of experts, or anything outside the blocks; `skipped` says why.
+    Raises TypeError when the model has no blocks.
+    """
+    return [(name, module) for name, module, reason in _verdicts(model) if reason is None]
+
+
+def skipped(model: nn.Module) -> list[tuple[str, str]]:
+    """The matrices that are not pruned, with the reason. Raises TypeError when the model has no blocks."""
+    return [(name, reason) for name, _, reason in _verdicts(model) if reason is not None]
+
+
+def weight(layer: nn.Module) -> Tensor:
+    """The layer's W [out_features, in_features]: a view, so writing to it changes the layer."""
+    return layer.weight.data.T if isinstance(layer, Conv1D) else layer.weight.data
+
+
+def facts(model: nn.Module) -> dict[str, str | int]:
+    """What a report says about a model: its class, name, dtype and number of parameters, tied ones counted once."""
+    parameters = list(model.parameters())
+    return {
+        "model": getattr(model, "name_or_path", "") or type(model).__name__,
+        "architecture": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "dtype": str(parameters[0].dtype).removeprefix("torch.") if parameters else "none",
+    }
+
+
+def quiet() -> None:
+    """Turn transformers' own progress bars off."""
+    transformers.utils.logging.disable_progress_bar()
+
+
+def load(
+    path_or_name: str | Path,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """The model of a local directory or of the hub, in eval mode; safetensors only.
+
+    dtype  of the weights; None keeps the checkpoint's own
+
+    Its class is the one its config names, a causal language model when the config names none. Raises ValueError, in one
+    line, when there is no such model, the network is missing, or the checkpoint does not hold every weight.
+    """
+    source = _source(path_or_name)
+    hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, **hub)
+        model, found = _model_class(config, trust_remote_code).from_pretrained(
+            source, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **hub
+        )
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise ValueError(_in_one_line("model", path_or_name, error)) from error
+    if lost := sorted(found["missing_keys"]) + [str(key) for key in sorted(found["mismatched_keys"])]:
+        # transformers would go on with random numbers in their place
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise ValueError(
+            f"cannot load model {str(path_or_name)!r}: its files hold no fitting weights for {lost[0]}{more}, which"
+            f" {type(model).__name__} needs"
+        )
+    return model.eval()
+
+
+def tokenizer(path_or_name: str | Path, revision: str | None = None, trust_remote_code: bool = False):
+    """The tokenizer of a local directory or of the hub. Raises ValueError, in one line, when there is none."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            _source(path_or_name), revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+        raise ValueError(_in_one_line("tokenizer", path_or_name, error)) from error
+
+
+def save(model: nn.Module, tokenizer, directory: str | Path, card: str) -> None:
+    """Write a checkpoint that plain transformers loads, with `card` as its README.md; zeros are stored like any weight.
+
+    tokenizer  or processor, saved beside the model; None for none
+
+    The directory appears by one rename, complete or not at all. Raises FileExistsError when it exists already.
+    """
+    directory = Path(directory)
+    _refuse_existing(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    # beside the target: a rename must not cross file systems
+    unfinished = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
+    try:
+        model.save_pretrained(unfinished)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(unfinished)
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
+        # mkdtemp's directory is closed to everybody else
+        unfinished.chmod(directory.parent.stat().st_mode & 0o777)
+        _refuse_existing(directory)
+        os.rename(unfinished, directory)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def fingerprint(directory: str | Path) -> dict[str, str]:
+    """The sha256 of each file of a local checkpoint that decides what it computes, by file name.
+
+    Raises ValueError when the directory holds no safetensors.
+    """
+    files = sorted(Path(directory).glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{str(directory)!r} holds no safetensors")
+    files += [path for name in ("config.json", "tokenizer.json") if (path := Path(directory, name)).is_file()]
+    digests = {}
+    for path in files:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+        digests[path.name] = digest.hexdigest()
+    return digests
+
+
+def _blocks_below(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        elements = isinstance(module, nn.ModuleList) and not isinstance(child, nn.ModuleList)
+        if not elements:
+            yield from _blocks_below(child, f"{prefix}{name}.")
+        elif not _is_linear(child) and any(_is_linear(inner) for inner in child.modules()):
+            yield f"{prefix}{name}", child
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _verdicts(model: nn.Module) -> list[tuple[str, nn.Module, str | None]]:
+    """Every matrix of the model: its name, its module, and why it is not pruned (None: it is). Blocks come first."""
+    inside = {}
+    for block_name, block in blocks(model):
+        for name, module in block.named_modules(prefix=block_name):
+            # a module that two blocks share belongs to the first
+            inside.setdefault(id(module), (name, module))
+    outside = {id(module): (name, module) for name, module in model.named_modules() if id(module) not in inside}
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    verdicts = []
+    for name, module in [*inside.values(), *outside.values()]:
+        if not _is_linear(module):
+            verdicts += [
+                (f"{name}.{own}".removesuffix(".weight"), module, _not_a_layer(f"{name}.{own}", module, parameter))
+                for own, parameter in module.named_parameters(recurse=False)
+                if parameter.dim() >= 2
+            ]
+            continue
+        if module is output:
+            reason = "output embeddings"
+        elif any(owners[id(parameter)] > 1 for parameter in module.parameters(recurse=False)):
+            reason = "tied: its weight belongs to another module as well"
+        elif id(module) not in inside:
+            reason = "outside the blocks"
+        else:
+            reason = _refusal(model, name, module)
+        verdicts.append((name, module, reason))
+    return verdicts
+
+
+def _refusal(model: nn.Module, name: str, layer: nn.Module) -> str | None:
+    """Why the layer's output is not simply x W^T + b, or must not be touched; None when it may be pruned."""
+    *path, last = name.split(".")
+    for depth in range(1, len(path) + 1):
+        ancestor = model.get_submodule(".".join(path[:depth]))
+        if hasattr(ancestor, "base_layer"):
+            return f"wrapped by {type(ancestor).__name__}: merge the adapter first"
+    parent = model.get_submodule(".".join(path))
+    has_experts = any("expert" in child for child, _ in parent.named_children())
+    if "router" in name or (has_experts and (last == "gate" or last.endswith("_gate"))):
+        return "router of experts"
+    if is_parametrized(layer) or hasattr(layer, "weight_g"):
+        return "parametrised: its weight is computed from others"
+    plain = Conv1D if isinstance(layer, Conv1D) else nn.Linear
+    if type(layer).forward is not plain.forward:
+        return f"{type(layer).__name__} does not compute what {plain.__name__} does"
+    # accelerate replaces the forward too, but only to move tensors
+    if "forward" in layer.__dict__ and not hasattr(layer, "_hf_hook"):
+        return "its forward was replaced"
+    if type(layer.weight.data) is not Tensor:
+        return f"its weight is a {type(layer.weight.data).__name__}"
+    if layer.weight.dtype not in FLOATS:
+        return f"its weight is {layer.weight.dtype}"
+    return None
+
+
+def _not_a_layer(name: str, module: nn.Module, parameter: nn.Parameter) -> str:
+    kind = type(module).__name__
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if "router" in f"{name}{kind}".lower() or ".gate." in name:
+        return "router of experts"
+    if "expert" in f"{name}{kind}".lower() and parameter.dim() == 3:
+        return f"experts in one {parameter.dim()}-D parameter: not supported yet"
+    return f"{kind}, not a linear layer"
+
+
+def _source(path_or_name: str | Path) -> str:
+    """Raises ValueError for what can only be a directory and is none."""
+    source = os.path.expanduser(path_or_name)
+    if os.path.isdir(source):
+        if not os.path.isfile(os.path.join(source, "config.json")):
+            raise ValueError(f"{source!r} is not a checkpoint: it holds no config.json")
+    elif os.path.exists(source):
+        raise ValueError(f"{source!r} is a file; give the checkpoint's directory")
+    elif isinstance(path_or_name, Path) or source.startswith((".", "/")) or source.count("/") > 1 or not source:
+        raise ValueError(f"no such directory: {source!r}")
+    return source
+
+
+def _model_class(config: transformers.PretrainedConfig, trust_remote_code: bool):
+    remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    for name in () if remote else config.architectures or ():
+        if named := getattr(transformers, name, None):
+            return named
+    return transformers.AutoModelForCausalLM
+
+
+def _in_one_line(what: str, path_or_name: str | Path, error: Exception) -> str:
+    remedy = "" if os.path.isdir(path_or_name) else "; give a local directory, or check the name and the network"
+    reason = " ".join(str(error).split())
+    return f"cannot load {what} {str(path_or_name)!r}: {reason.split('. ')[0].rstrip('.')}{remedy}"
+
+
+def _refuse_existing(directory: Path) -> None:
+    if directory.exists() or directory.is_symlink():
+        raise FileExistsError(f"{str(directory)!r} exists already; remove it or choose another directory")
