@@ -1,0 +1,171 @@
+"""The rules that keep the tree from rotting, read from the sources: who may import whom, and what has a test."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "sparsekern"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+OPS = sorted(set((PACKAGE / "ops").glob("*.py")) - {PACKAGE / f"ops/{name}.py" for name in ("__init__", "kernel")})
+METHODS = sorted(set((PACKAGE / "methods").glob("*.py")) - {PACKAGE / "methods/__init__.py"})
+FORMATS = sorted(set((PACKAGE / "formats").glob("*.py")) - {PACKAGE / "formats/__init__.py"})
+
+# part -> the parts it may import; a part is a module of the package or a folder with all that is in it
+ARROWS = {
+    "pattern": set(),
+    "stats": set(),
+    "formats": set(),
+    "timing": set(),
+    "text": set(),
+    "shapes": set(),
+    "measure": {"timing"},
+    "ops": {"formats"},
+    "methods": {"pattern", "stats", "ops"},
+    "hf": set(),
+    "calibrate": {"hf", "stats"},
+    "oneshot": {"pattern", "stats", "methods", "calibrate", "hf"},
+    "lottery": {"pattern", "methods"},
+    "plan": {"formats", "ops", "measure", "timing"},
+    "linear": {"formats", "ops", "measure", "plan"},
+    "checkpoint": {"formats", "linear", "hf"},
+}
+# the two halves meet in an ordinary nn.Linear whose weight holds zeros, and nowhere else
+PRUNE, RUN = {"calibrate", "methods", "oneshot", "lottery"}, {"formats", "linear", "plan"}
+# commands and what they are made of: they may import everything, and of the rest only each other imports them
+DOORS = {"card", "cli", "demo", "doctor", "inspect", "preview", "speed"}
+# foreign thing -> where it is let in
+FOREIGN = {"transformers": "hf.py", "triton": "ops/triton/"}
+
+
+def name(path):
+    return str(path.relative_to(ROOT))
+
+
+def part(path):
+    """ "ops" for sparsekern/ops/kernel.py, "hf" for sparsekern/hf.py, "" for sparsekern/__init__.py."""
+    inside = path.relative_to(PACKAGE)
+    return inside.parts[0] if len(inside.parts) > 1 else inside.stem.replace("__init__", "")
+
+
+def imports(path):
+    """Every module that a file imports, at its top or inside a function, as (dotted name, line)."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name(path)}:{node.lineno}: a relative import; write it from sparsekern"
+            # `from sparsekern import hf` imports sparsekern.hf
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_imports_follow_the_arrows(path):
+    own = part(path)
+    if own in {"", "__main__"} | DOORS:
+        return
+    assert own in ARROWS, f"{own} has no place in ARROWS: say there what it may import"
+    for module, line in imports(path):
+        root, _, rest = module.partition(".")
+        target = rest.partition(".")[0]
+        if root == "sparsekern" and target != own:
+            assert target in ARROWS[own], f"{name(path)}:{line}: {own} must not import {target}"
+
+
+def test_the_two_halves_do_not_know_each_other():
+    for half, other in ((PRUNE, RUN), (RUN, PRUNE)):
+        for own in half & ARROWS.keys():
+            assert not ARROWS[own] & other
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_every_foreign_thing_has_one_door(path):
+    inside = str(path.relative_to(PACKAGE))
+    for module, line in imports(path):
+        door = FOREIGN.get(module.partition(".")[0])
+        assert door is None or inside.startswith(door), f"{name(path)}:{line}: {module} is imported in {door} only"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_the_package_reads_no_environment_catches_nothing_blindly_and_imports_no_star(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        where = f"{name(path)}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.Attribute):
+            environment = (
+                isinstance(node.value, ast.Name) and node.value.id == "os" and node.attr in ("environ", "getenv")
+            )
+            assert not environment, f"{where}: a choice is an argument, never an environment variable"
+        if isinstance(node, ast.ExceptHandler):
+            caught = ast.unparse(node.type) if node.type else "everything"
+            assert caught not in ("Exception", "BaseException", "everything"), f"{where}: catches {caught}"
+        if isinstance(node, ast.ImportFrom):
+            names = {alias.name for alias in node.names}
+            assert "*" not in names, f"{where}: star import"
+            assert node.module != "os" or not names & {"environ", "getenv"}, f"{where}: reads the environment"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_no_module_is_named_after_nothing(path):
+    assert path.stem not in {"utils", "util", "helpers", "helper", "common", "misc"}
+
+
+def test_every_folder_of_sources_is_a_package():
+    folders = {path.parent for path in SOURCES}
+    assert [name(folder) for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
+
+
+@pytest.mark.parametrize("path", [*OPS, *METHODS, *FORMATS], ids=name)
+def test_every_op_method_and_format_has_its_test(path):
+    test = ROOT / "tests" / path.parent.name / f"test_{path.name}"
+    assert test.exists(), f"{name(test)} is missing"
+
+
+@pytest.mark.parametrize("path", [p for p in OPS if p.stem != "compiled"], ids=name)
+def test_every_op_has_a_reference(path):
+    functions = {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+    assert "reference" in functions
+
+
+def test_every_triton_kernel_is_named_after_its_op():
+    kernels = {path.stem for path in (PACKAGE / "ops/triton").glob("[!_]*.py")}
+    assert kernels <= {op.stem for op in OPS}
+
+
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/cuda/*.cu")]), ids=name)
+def test_every_compiled_source_is_named_after_its_op(path):
+    """linear_bitmap_avx512.cpp belongs to linear_bitmap: one translation unit an instruction set."""
+    assert any(path.stem == op.stem or path.stem.startswith(f"{op.stem}_") for op in OPS)
+
+
+@pytest.mark.parametrize("path", sorted(p for p in ROOT.glob("csrc/**/*") if p.is_file()), ids=name)
+def test_csrc_includes_no_torch_and_pybind11_only_to_bind(path):
+    included = re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)', path.read_text(), re.MULTILINE)
+    assert not [header for header in included if re.match(r"(torch|ATen|c10)/", header)]
+    binds = path.parent.name == "csrc" and path.name.startswith("bind_")
+    assert binds or not [header for header in included if header.startswith("pybind11")]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("bench/[!_]*.py")), ids=name)
+def test_every_bench_file_runs_at_a_tiny_size_in_some_test(path):
+    """A script that no test runs rots: some test must name it."""
+    names = (f"bench.{path.stem}", f"bench/{path.name}", f"bench import {path.stem}", f'"{path.name}"')
+    tests = [test.read_text() for test in ROOT.glob("tests/**/test_*.py") if test != Path(__file__)]
+    assert any(named in test for test in tests for named in names), f"no test runs {name(path)}"
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(p for folder in ("sparsekern", "csrc", "bench", "tests") for p in (ROOT / folder).rglob("*.*")
+           if p.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")),
+    ids=name,
+)  # fmt: skip
+def test_a_long_file_says_at_its_top_why_it_is_not_split(path):
+    lines = path.read_text().splitlines()
+    limit = 600 if path.suffix in (".cu", ".cuh") else 400
+    why = "one file because" in "\n".join(lines[:40]).lower()
+    assert len(lines) <= limit or why, (
+        f"{name(path)} has {len(lines)} lines, more than {limit}: split it by concept, or say at its top "
+        '"one file because ..."'
+    )
