@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -110,10 +110,11 @@ def tokenizer(path_or_name: str | Path, revision: str | None = None, trust_remot
         raise ValueError(_in_one_line("tokenizer", path_or_name, error)) from error
 
 
-def save(model: nn.Module, tokenizer, directory: str | Path, card: str) -> None:
-    """Write a checkpoint that plain transformers loads, with `card` as its README.md; zeros are stored like any weight.
+def save(model: nn.Module, tokenizer, directory: str | Path, files: Mapping[str, str]) -> None:
+    """Write a checkpoint that plain transformers loads; zeros are stored like any weight.
 
     tokenizer  or processor, saved beside the model; None for none
+    files      name -> text, written beside them: README.md is the model's card
 
     The directory appears by one rename, complete or not at all. Raises FileExistsError when it exists already.
     """
@@ -126,7 +127,8 @@ def save(model: nn.Module, tokenizer, directory: str | Path, card: str) -> None:
         model.save_pretrained(unfinished)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
-        (unfinished / "README.md").write_text(card, encoding="utf-8")
+        for name, content in files.items():
+            (unfinished / name).write_text(content, encoding="utf-8")
         # mkdtemp's directory is closed to everybody else
         unfinished.chmod(directory.parent.stat().st_mode & 0o777)
         _refuse_existing(directory)

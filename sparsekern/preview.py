@@ -21,7 +21,7 @@ class Preview:
     statistics_bytes  the most that the statistics of one decoder block can take, if all its inputs are distinct
     output_bytes      of the checkpoint: zeros are stored
     packed_bytes      of the model with its pruned layers packed as bitmaps
-    decode_ceiling    how many times faster the pruned layers could read their weights at 1 token, by bytes: not measured
+    decode_ceiling    how much faster the pruned layers could read their weights at 1 token, by bytes; not measured
     """
 
     layers: list[tuple[str, tuple[int, int], int]]
