@@ -40,50 +40,55 @@ def package(tmp_path):
     return ops.parent
 
 
-def python(code, *args, cwd):
-    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], cwd=cwd, capture_output=True, text=True)
+def python(*args, cwd):
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
+def why_not(package, *args):
+    # -S: an editable install of sparsekern would find its own modules for the copy
+    return python("-S", "-c", ASK, *args, cwd=package.parent)
+
+
 def test_a_package_that_was_never_installed_is_not_built(package):
-    said = python(ASK, cwd=package.parent)
+    said = why_not(package)
     assert said == "not built: the package was not installed, only found"
 
 
 def test_the_compilers_reason_is_what_not_built_says(package):
     why = "the C++ compiler /bin/false does not work: it failed and said nothing"
     (package / "_build.json").write_text(json.dumps({"cpu": {"built": False, "why_not": why}}))
-    assert python(ASK, cwd=package.parent) == f"not built: {why}"
+    assert why_not(package) == f"not built: {why}"
 
 
 def test_a_module_whose_file_is_gone_is_not_built(package):
     (package / "_build.json").write_text(json.dumps({"cpu": {"built": True, "compiler": "g++ 12.2"}}))
-    assert re.match("not built: it was, with g\\+\\+ 12.2, but its file is gone", python(ASK, cwd=package.parent))
+    assert re.match("not built: it was, with g\\+\\+ 12.2, but its file is gone", why_not(package))
 
 
 def test_a_file_that_is_no_library_cannot_be_loaded(package):
     (package / f"_cpu{SUFFIX}").write_bytes(b"not an ELF file, but long enough to have a header" * 4)
-    assert re.match("cannot be loaded: .*(invalid ELF header|file too short)", python(ASK, cwd=package.parent))
+    assert re.match("cannot be loaded: .*(invalid ELF header|file too short)", why_not(package))
 
 
 def test_a_module_for_another_python_is_built_for_another_version(package):
     (package / "_cpu.cpython-27-x86_64-linux-gnu.so").touch()
-    said = python(ASK, cwd=package.parent)
+    said = why_not(package)
     assert said.startswith(
         "built for another version: found _cpu.cpython-27-x86_64-linux-gnu.so, this Python wants _cpu."
     )
 
 
 def test_a_module_of_another_abi_is_built_for_another_version(package):
-    said = python(ASK, compiled.ABI + 1, cwd=package.parent)
+    said = why_not(package, compiled.ABI + 1)
     assert said.startswith(
         f"built for another version: its binding is {compiled.ABI + 1}, this package's is {compiled.ABI}"
     )
 
 
 def test_a_module_of_this_abi_is_loaded(package):
-    assert python(ASK, compiled.ABI, cwd=package.parent) == str(compiled.ABI)
+    assert why_not(package, compiled.ABI) == str(compiled.ABI)
 
 
 def test_the_abi_is_the_one_in_ops_h():
@@ -102,7 +107,7 @@ def test_cpu_shares_torchs_openmp_runtime():
     if compiled.cpu() is None:
         pytest.skip(f"sparsekern._cpu: {compiled.why_not('cpu')}")
     code = "from sparsekern.ops import compiled; compiled.cpu(); print(open('/proc/self/maps').read())"
-    libraries = set(re.findall(r"\S*/lib(?:gomp|omp|iomp5)[^/\s]*\.so[^/\s]*", python(code, cwd=ROOT)))
+    libraries = set(re.findall(r"\S*/lib(?:gomp|omp|iomp5)[^/\s]*\.so[^/\s]*", python("-c", code, cwd=ROOT)))
     assert len(libraries) == 1
     assert "/torch/lib/" in libraries.pop()
 
@@ -139,4 +144,4 @@ print("served by the reference ops:", len(report.swapped))
 
 
 def test_with_the_compiled_modules_hidden_everything_prunes_and_runs_by_the_reference_ops():
-    assert python(HIDDEN, cwd=ROOT) == "served by the reference ops: 7"
+    assert python("-c", HIDDEN, cwd=ROOT) == "served by the reference ops: 7"
