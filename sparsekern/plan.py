@@ -145,7 +145,7 @@ class Plan:
         dense, sparse = rotate((weight,), arena // 2), rotate(operands, arena // 2)
         for count in tokens:
             x = random_input(count, weight)
-            check_linear(kernel.run(x, operands, None, *packed.shape), x, weight, f"kernel {kernel.name}")
+            check_linear(kernel.run(x, operands, None, *packed.shape), x, weight, None, f"kernel {kernel.name}")
             variants = {
                 DENSE: lambda number, x=x: F.linear(x, dense[number % len(dense)][0]),
                 kernel.name: lambda number, x=x: kernel.run(x, sparse[number % len(sparse)], None, *packed.shape),
@@ -205,8 +205,8 @@ def random_input(tokens: int, weight: Tensor) -> Tensor:
     return torch.randn(tokens, weight.shape[1], generator=generator).to(weight)
 
 
-def check_linear(y: Tensor, x: Tensor, weight: Tensor, who: str) -> None:
-    """Is y = x weight^T, within float32 accumulation and one rounding to the dtype of y?
+def check_linear(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, who: str) -> None:
+    """Is y = x weight^T + bias, within float32 accumulation and one rounding to the dtype of y?
 
     Raises RuntimeError naming `who`, the largest error and where it stands.
     """
@@ -215,6 +215,8 @@ def check_linear(y: Tensor, x: Tensor, weight: Tensor, who: str) -> None:
     for start, rows in zip(itertools.count(0, CHECKED_ROWS), weight.split(CHECKED_ROWS), strict=False):
         rows = rows.double()
         exact = exact_x @ rows.T
+        if bias is not None:
+            exact += bias[start : start + len(rows)].double()
         # float32 sums of in_features products lose a few bits of the sum of their magnitudes
         allowed = epsilon * exact.abs() + 1e-5 * (exact_x.abs() @ rows.abs().T)
         error = (y[:, start : start + len(rows)].double() - exact).abs()

@@ -12,6 +12,7 @@ On a CPU a sample is dropped when the machine took the processor away, because t
 torch's pool is woken before each sample: in a model the layers follow each other and find it awake.
 """
 
+import itertools
 import os
 import resource
 import time
@@ -228,8 +229,8 @@ def alternate(
 
     variants  called with the number of the round, to pick the buffers of that round: use each again only after more
               bytes than the cache holds were read, or a cache is timed
-    rounds    wanted undisturbed; up to three times as many are run to get them
-    seconds   stop by then all the same, after the round that is running
+    rounds    wanted undisturbed; more are run to get them, until the time is over
+    seconds   stop by then, but not before there are enough rounds to say anything; None: after three times as many
     """
     names = list(variants)
     samples: dict[str, list[Sample]] = {name: [] for name in names}
@@ -237,15 +238,17 @@ def alternate(
     for warm_up in range(2):
         for name in names:
             variants[name](warm_up)
-    clean, end = 0, None if seconds is None else time.perf_counter() + seconds
+    clean, start = 0, time.perf_counter()
     with clock or clock_of(device) as running:
-        for number in range(3 * rounds):
+        for number in itertools.count():
             shift = number % len(names)
             for name in names[shift:] + names[:shift]:
                 variant = variants[name]
                 samples[name].append(running.time(lambda variant=variant, number=number: variant(number)))
             clean += not any(samples[name][-1].disturbed for name in names)
-            if clean >= rounds or (end is not None and time.perf_counter() >= end):
+            done = number + 1
+            over = done >= 3 * rounds if seconds is None else time.perf_counter() - start >= seconds
+            if clean >= rounds or (over and done >= FEWEST_SAMPLES):
                 break
     return Alternation(samples)
 
