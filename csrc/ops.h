@@ -1,0 +1,61 @@
+// Every compiled op, with the layout of what it reads and writes. Raw pointers and sizes: no torch, no pybind11.
+#pragma once
+
+#include <cstdint>
+
+namespace sparsekern {
+
+// Raised by one whenever a signature or a layout here changes; ops/compiled.py refuses a module that has another.
+constexpr int kAbi = 1;
+
+enum class DType : int { kBFloat16 = 0, kFloat32 = 1 };
+
+// One implementation per instruction set, and whether this machine has it.
+struct InstructionSet {
+  const char* name;
+  bool (*supported)();
+};
+
+// linear_bitmap: y[t, o] = sum_i x[t, i] W[o, i] + bias[o], W in panels of kPanelRows outputs, cut into blocks of
+// kBlockInputs inputs; rows and inputs that do not exist have zero bits.
+//   panels   ceil(out_features / kPanelRows)
+//   blocks   ceil(in_features / kBlockInputs)
+//   masks    [panels, blocks, kBlockMasks], mask q of a block: bit 2 n + j = row n, input 2 q + j is kept. A mask is a
+//            row of an AMX tile in VNNI order, and a block of them is one cache line.
+//   values   [kept] and kTailBytes of zeros, the kept weights in the order of the bits
+//   panel_offsets  [panels + 1], values[panel_offsets[p]] is the first of panel p
+constexpr int64_t kPanelRows = 16;
+constexpr int64_t kBlockInputs = 32;
+constexpr int64_t kBlockMasks = 16;
+// a vector load at the last value reads this far past it
+constexpr int64_t kTailBytes = 64;
+
+struct BitmapWeight {
+  DType dtype;  // of values, bias, x, y and dense
+  const uint32_t* masks;
+  const void* values;
+  const int64_t* panel_offsets;
+  int64_t out_features;
+  int64_t in_features;
+};
+
+// Best first, ended by a null name.
+extern const InstructionSet kLinearBitmapSets[];
+
+//   x     [tokens, in_features]
+//   bias  [out_features] or null
+//   y     [tokens, out_features], every element written
+//   set   index into kLinearBitmapSets
+// Accumulates in float32. Needs tokens > 0; works on `threads` threads, and with 1 starts no parallel region. Returns
+// false when there is no memory for the scratch, tokens * in_features * 4 bytes.
+bool linear_bitmap(const BitmapWeight& weight, const void* x, const void* bias, void* y, int64_t tokens, int set,
+                   int threads);
+
+// dense [rows of the panels, in_features], every element written, of panels first_panel to end_panel - 1
+void expand_bitmap(const BitmapWeight& weight, void* dense, int64_t first_panel, int64_t end_panel, int set, int threads);
+
+// stream_read: the sum of a buffer as 64-bit words, wrapping, zeros after its end. Reads every byte once.
+//   buffer  [bytes]
+uint64_t stream_read(const void* buffer, int64_t bytes, int threads);
+
+}  // namespace sparsekern

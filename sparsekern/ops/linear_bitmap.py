@@ -1,0 +1,226 @@
+"""linear_bitmap: y = x W^T + bias with W packed as a bitmap and the kept values (formats/bitmap.py).
+
+Few tokens wait for the weight to arrive from memory, so half the bytes are nearly half the time; many tokens wait for
+the arithmetic, which a zero costs as much as any weight: from `_DENSE_TOKENS` on the weight is expanded, a slice at a
+time, for torch's own linear.
+
+The compiled kernels read the weight in panels of 16 outputs, cut into blocks of 32 inputs (csrc/ops.h):
+
+    masks          [panels, blocks, 16] int32, bit 2n + j of mask q = row n, input 2q + j of the block is kept
+    values         [kept] in the order of the bits, and 64 bytes of zeros that a vector load may touch
+    panel_offsets  [panels + 1] int64, where each panel's values start
+
+NaN and inf in x reach every output, as in the dense product.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad
+
+from sparsekern.formats.bitmap import Bitmap, pack_bits, unpack_bits
+from sparsekern.ops import compiled
+from sparsekern.ops.kernel import Kernel
+
+PANEL_ROWS = 16
+BLOCK_INPUTS = 32
+TAIL_BYTES = 64
+
+_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+# measured: fewer tokens are faster on the sparse kernel
+_DENSE_TOKENS = {torch.bfloat16: 64, torch.float32: 64}
+# a slice of the expanded weight stays in the cache until it is multiplied
+_SLICE_BYTES = 4 << 20
+
+
+def reference(x: Tensor, packed: Bitmap, bias: Tensor | None) -> Tensor:
+    """Multiply by the dense weight.
+
+    x     [..., in_features], the dtype of the values
+    bias  [out_features] or None
+
+    Returns y [..., out_features].
+    """
+    return linear(x, packed.to_dense(), bias)
+
+
+def to_panels(packed: Bitmap) -> tuple[Tensor, Tensor, Tensor]:
+    """The masks, values and panel_offsets that the compiled kernels read."""
+    out_features, in_features = packed.shape
+    panels, blocks = -(-out_features // PANEL_ROWS), -(-in_features // BLOCK_INPUTS)
+    kept = _in_panel_order(packed.kept(), panels, blocks)  # [panels, blocks, 16, 32]
+    values = _in_panel_order(packed.to_dense(), panels, blocks)[kept]
+    masks = pack_bits(kept).view(torch.int32).view(panels, blocks, BLOCK_INPUTS // 2)
+    panel_offsets = torch.zeros(panels + 1, dtype=torch.int64, device=packed.device)
+    torch.cumsum(kept.flatten(1).sum(dim=1), dim=0, out=panel_offsets[1:])
+    return masks, pad(values, (0, TAIL_BYTES // values.itemsize)), panel_offsets
+
+
+def from_panels(operands: tuple[Tensor, ...], out_features: int, in_features: int) -> Bitmap:
+    """The inverse of `to_panels`, bit for bit."""
+    masks, values, panel_offsets = operands
+    in_order = unpack_bits(masks.unsqueeze(-1).view(torch.uint8), 2 * PANEL_ROWS)  # [panels, blocks, 16, 32]
+    dense_in_order = values.new_zeros(in_order.shape)
+    dense_in_order.masked_scatter_(in_order, values[: len(values) - TAIL_BYTES // values.itemsize])
+    kept = _in_row_order(in_order, out_features, in_features)
+    row_offsets = torch.zeros(out_features + 1, dtype=torch.int64, device=values.device)
+    torch.cumsum(kept.sum(dim=1), dim=0, out=row_offsets[1:])
+    return Bitmap(
+        _in_row_order(dense_in_order, out_features, in_features)[kept], pack_bits(kept), row_offsets, in_features
+    )
+
+
+def _in_panel_order(dense: Tensor, panels: int, blocks: int) -> Tensor:
+    out_features, in_features = dense.shape
+    padded = pad(dense, (0, blocks * BLOCK_INPUTS - in_features, 0, panels * PANEL_ROWS - out_features))
+    tiles = padded.view(panels, PANEL_ROWS, blocks, BLOCK_INPUTS // 2, 2)
+    return tiles.permute(0, 2, 3, 1, 4).reshape(panels, blocks, BLOCK_INPUTS // 2, 2 * PANEL_ROWS)
+
+
+def _in_row_order(tiles: Tensor, out_features: int, in_features: int) -> Tensor:
+    panels, blocks = tiles.shape[:2]
+    padded = tiles.view(panels, blocks, BLOCK_INPUTS // 2, PANEL_ROWS, 2).permute(0, 3, 1, 2, 4)
+    return padded.reshape(panels * PANEL_ROWS, blocks * BLOCK_INPUTS)[:out_features, :in_features]
+
+
+def _check(x: Tensor, values: Tensor, bias: Tensor | None, in_features: int) -> None:
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x must end with in_features = {in_features}, got shape {list(x.shape)}")
+    if x.dtype != values.dtype:
+        raise ValueError(f"x must have the weight's dtype {values.dtype}, got {x.dtype}")
+    if bias is not None and bias.dtype != values.dtype:
+        raise ValueError(f"bias must have the weight's dtype {values.dtype}, got {bias.dtype}")
+    if x.device != values.device:
+        raise ValueError(f"x must be on the weight's device {values.device}, got {x.device}")
+
+
+def _addresses(operands: tuple[Tensor, ...], out_features: int, in_features: int):
+    masks, values, panel_offsets = operands
+    return compiled.cpu().BitmapWeight(
+        _NAMES[values.dtype],
+        masks.data_ptr(),
+        masks.numel(),
+        values.data_ptr(),
+        values.numel(),
+        panel_offsets.data_ptr(),
+        panel_offsets.numel(),
+        out_features,
+        in_features,
+    )
+
+
+def sparse(
+    x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, y: Tensor, in_features: int, isa: str = ""
+) -> None:
+    """Write y [tokens, out_features] with the compiled kernel of an instruction set ("" = the best this machine has).
+
+    x     [tokens, in_features] contiguous
+    bias  [out_features] contiguous, or None
+    """
+    tokens, out_features = y.shape
+    compiled.cpu().linear_bitmap(
+        _addresses(operands, out_features, in_features),
+        x.data_ptr(),
+        x.numel(),
+        0 if bias is None else bias.data_ptr(),
+        0 if bias is None else bias.numel(),
+        y.data_ptr(),
+        y.numel(),
+        tokens,
+        torch.get_num_threads(),
+        isa,
+    )
+
+
+def expand(operands: tuple[Tensor, ...], dense: Tensor, panels: range, out_features: int, isa: str = "") -> None:
+    """Write the rows of `panels` to dense [rows, in_features] with the compiled kernel of an instruction set."""
+    weight = _addresses(operands, out_features, dense.shape[1])
+    compiled.cpu().expand_bitmap(
+        weight, dense.data_ptr(), dense.numel(), panels.start, panels.stop, torch.get_num_threads(), isa
+    )
+
+
+def through_dense(
+    x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, y: Tensor, in_features: int, isa: str = ""
+) -> None:
+    """What `sparse` does, by torch's linear on one slice of the expanded weight after the other."""
+    out_features = y.shape[1]
+    panels = len(operands[2]) - 1
+    step = max(1, _SLICE_BYTES // (PANEL_ROWS * in_features * x.itemsize or 1))
+    scratch = x.new_empty(min(step * PANEL_ROWS, out_features), in_features)
+    for first in range(0, panels, step):
+        end = min(first + step, panels)
+        rows = slice(first * PANEL_ROWS, min(end * PANEL_ROWS, out_features))
+        dense = scratch[: rows.stop - rows.start]
+        expand(operands, dense, range(first, end), out_features, isa)
+        y[:, rows] = linear(x, dense, None if bias is None else bias[rows])
+
+
+def _linear_bitmap_cpu(
+    x: Tensor,
+    masks: Tensor,
+    values: Tensor,
+    panel_offsets: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    _check(x, values, bias, in_features)
+    flat = x.reshape(-1, in_features) if in_features else x.reshape(x.shape[:-1].numel(), 0)
+    flat = flat.contiguous()
+    y = x.new_empty(len(flat), out_features)
+    multiply = sparse if len(flat) < _DENSE_TOKENS[x.dtype] else through_dense
+    multiply(flat, (masks, values, panel_offsets), None if bias is None else bias.contiguous(), y, in_features)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def _linear_bitmap_fake(
+    x: Tensor,
+    masks: Tensor,
+    values: Tensor,
+    panel_offsets: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+_LIBRARY = torch.library.Library("sparsekern", "FRAGMENT")
+_LIBRARY.define(
+    "linear_bitmap_cpu(Tensor x, Tensor masks, Tensor values, Tensor panel_offsets, Tensor? bias, int out_features, "
+    "int in_features) -> Tensor"
+)
+_LIBRARY.impl("linear_bitmap_cpu", _linear_bitmap_cpu, "CPU")
+torch.library.register_fake("sparsekern::linear_bitmap_cpu", _linear_bitmap_fake, lib=_LIBRARY)
+
+
+def _run_cpu(
+    x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, out_features: int, in_features: int
+) -> Tensor:
+    return torch.ops.sparsekern.linear_bitmap_cpu(x, *operands, bias, out_features, in_features)
+
+
+def _cpu_refuses(packed: Bitmap) -> str | None:
+    if packed.device.type != "cpu":
+        return f"the weight must be on the CPU, got {packed.device}"
+    if packed.dtype not in _NAMES:
+        return f"the weight must be bfloat16 or float32, got {packed.dtype}"
+    return compiled.why_not("cpu")
+
+
+def _run_reference(
+    x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, out_features: int, in_features: int
+) -> Tensor:
+    return reference(x, Bitmap(*operands, in_features), bias)
+
+
+KERNELS = (
+    Kernel("cpu", _run_cpu, _cpu_refuses, to_panels, from_panels),
+    Kernel(
+        "reference",
+        _run_reference,
+        lambda packed: None,
+        lambda packed: (packed.values, packed.bitmap, packed.row_offsets),
+        lambda operands, out_features, in_features: Bitmap(*operands, in_features),
+    ),
+)
