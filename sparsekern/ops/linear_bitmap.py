@@ -10,6 +10,8 @@ The compiled kernels read the weight in panels of 16 outputs, cut into blocks of
     values         [kept] in the order of the bits, and 64 bytes of zeros that a vector load may touch
     panel_offsets  [panels + 1] int64, where each panel's values start
 
+The CUDA kernel reads the format as it is saved.
+
 NaN and inf in x reach every output, as in the dense product.
 """
 
@@ -26,8 +28,11 @@ BLOCK_INPUTS = 32
 TAIL_BYTES = 64
 
 _NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+_CUDA_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # measured: fewer tokens are faster on the sparse kernel
 _DENSE_TOKENS = {torch.bfloat16: 64, torch.float32: 64}
+# the CUDA kernel decodes the weight once for four tokens; not measured yet
+_CUDA_DENSE_TOKENS = 32
 # a slice of the expanded weight stays in the cache until it is multiplied
 _SLICE_BYTES = 4 << 20
 
@@ -208,6 +213,77 @@ def _cpu_refuses(packed: Bitmap) -> str | None:
     return compiled.why_not("cpu")
 
 
+def _linear_bitmap_cuda(
+    x: Tensor, values: Tensor, bitmap: Tensor, row_offsets: Tensor, bias: Tensor | None, in_features: int
+) -> Tensor:
+    _check(x, values, bias, in_features)
+    packed = Bitmap(values, bitmap, row_offsets, in_features)
+    tokens, out_features = x.shape[:-1].numel(), packed.shape[0]
+    if tokens >= _CUDA_DENSE_TOKENS:
+        return reference(x, packed, bias)
+    x, y = x.contiguous(), x.new_empty(*x.shape[:-1], out_features)
+    bias = None if bias is None else bias.contiguous()
+    multiply = getattr(compiled.cuda(), f"linear_bitmap_{_CUDA_NAMES[values.dtype]}")
+    # a launch goes to the current device
+    with torch.cuda.device(x.device):
+        multiply(
+            x=x.data_ptr(),
+            x_size=x.numel(),
+            values=values.data_ptr(),
+            bitmap=bitmap.data_ptr(),
+            bitmap_size=bitmap.numel(),
+            row_offsets=row_offsets.data_ptr(),
+            row_offsets_size=row_offsets.numel(),
+            bias=0 if bias is None else bias.data_ptr(),
+            bias_size=0 if bias is None else bias.numel(),
+            y=y.data_ptr(),
+            y_size=y.numel(),
+            tokens=tokens,
+            in_features=in_features,
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+    return y
+
+
+def _linear_bitmap_cuda_fake(
+    x: Tensor, values: Tensor, bitmap: Tensor, row_offsets: Tensor, bias: Tensor | None, in_features: int
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], row_offsets.shape[0] - 1)
+
+
+_LIBRARY.define(
+    "linear_bitmap_cuda(Tensor x, Tensor values, Tensor bitmap, Tensor row_offsets, Tensor? bias, int in_features) "
+    "-> Tensor"
+)
+_LIBRARY.impl("linear_bitmap_cuda", _linear_bitmap_cuda, "CUDA")
+torch.library.register_fake("sparsekern::linear_bitmap_cuda", _linear_bitmap_cuda_fake, lib=_LIBRARY)
+
+
+def _run_cuda(
+    x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, out_features: int, in_features: int
+) -> Tensor:
+    return torch.ops.sparsekern.linear_bitmap_cuda(x, *operands, bias, in_features)
+
+
+def _cuda_refuses(packed: Bitmap) -> str | None:
+    if packed.device.type != "cuda":
+        return f"the weight must be on a CUDA device, got {packed.device}"
+    if packed.dtype not in _CUDA_NAMES:
+        return f"the weight must be bfloat16, float16 or float32, got {packed.dtype}"
+    major, minor = torch.cuda.get_device_capability(packed.device)
+    if major < 8:
+        return f"the card must have compute capability 8.0 or more, got {major}.{minor}"
+    return compiled.why_not("cuda")
+
+
+def _as_saved(packed: Bitmap) -> tuple[Tensor, ...]:
+    return packed.values, packed.bitmap, packed.row_offsets
+
+
+def _from_saved(operands: tuple[Tensor, ...], out_features: int, in_features: int) -> Bitmap:
+    return Bitmap(*operands, in_features)
+
+
 def _run_reference(
     x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, out_features: int, in_features: int
 ) -> Tensor:
@@ -216,11 +292,6 @@ def _run_reference(
 
 KERNELS = (
     Kernel("cpu", _run_cpu, _cpu_refuses, to_panels, from_panels),
-    Kernel(
-        "reference",
-        _run_reference,
-        lambda packed: None,
-        lambda packed: (packed.values, packed.bitmap, packed.row_offsets),
-        lambda operands, out_features, in_features: Bitmap(*operands, in_features),
-    ),
+    Kernel("cuda", _run_cuda, _cuda_refuses, _as_saved, _from_saved),
+    Kernel("reference", _run_reference, lambda packed: None, _as_saved, _from_saved),
 )

@@ -1,8 +1,11 @@
 """csrc/cuda/linear_bitmap.cu without a card: its own source runs on the CPU, and nvcc compiles it without spills."""
 
+import contextlib
+import ctypes
 import re
 import shutil
 import subprocess
+import types
 from pathlib import Path
 
 import pytest
@@ -87,6 +90,56 @@ def test_infinity_at_a_pruned_input_reaches_the_output_as_in_the_dense_product(o
     expected = linear_bitmap.reference(x, packed, None)
     assert expected[0].isnan().tolist() == [True, False]
     torch.testing.assert_close(run(on_host, x, packed, None), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("leading", [(1,), (2, 3), ()], ids=str)
+def test_the_op_hands_the_kernel_the_right_addresses_and_sizes(on_host, leading, monkeypatch):
+    """The emulated kernel gets what the binding would get, and writes y where it is told."""
+    x, weight, bias = problem(6, 7, 37, torch.float32)
+    x, packed = x.flatten()[: 37 * torch.Size(leading).numel()].view(*leading, 37), Bitmap.pack(weight)
+
+    def multiply(*, values, stream, **sizes):
+        assert [sizes[f"{name}_size"] for name in ("x", "bitmap", "row_offsets", "bias")] == [x.numel(), 7 * 5, 8, 7]
+        assert (stream, sizes["in_features"], values) == (5, 37, packed.values.data_ptr())
+        assert (sizes["bitmap"], sizes["row_offsets"]) == (packed.bitmap.data_ptr(), packed.row_offsets.data_ptr())
+        flat = torch.frombuffer(bytearray(ctypes.string_at(sizes["x"], 4 * x.numel())), dtype=torch.float32)
+        y = run(on_host, flat.view(sizes["tokens"], 37), packed, bias)
+        assert y.numel() == sizes["y_size"]
+        ctypes.memmove(sizes["y"], y.data_ptr(), y.nbytes)
+        if built is not None:
+            names = re.findall(r"(\w+): typing", built.linear_bitmap_fp32.__doc__)
+            assert set(names) == {"values", "stream", *sizes}
+
+    built = compiled.cuda()
+    monkeypatch.setattr(compiled, "cuda", lambda: types.SimpleNamespace(linear_bitmap_fp32=multiply))
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=5))
+    operands = packed.values, packed.bitmap, packed.row_offsets
+    y = linear_bitmap._linear_bitmap_cuda(x, *operands, bias, 37)
+    torch.testing.assert_close(y, linear_bitmap.reference(x, packed, bias), rtol=1e-5, atol=1e-5)
+
+
+def test_the_fake_kernel_knows_the_shape():
+    packed = Bitmap.pack(torch.eye(7, 37))
+    operands = [t.to("meta") for t in (packed.values, packed.bitmap, packed.row_offsets)]
+    y = torch.ops.sparsekern.linear_bitmap_cuda(torch.empty(2, 3, 37, device="meta"), *operands, None, 37)
+    assert y.shape == (2, 3, 7)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", TYPES, ids=TYPES.values())
+@pytest.mark.parametrize("tokens", [0, 1, 3, 31, 33])
+def test_on_a_card_the_kernel_matches_float64(dtype, tokens):
+    kernel = next(kernel for kernel in linear_bitmap.KERNELS if kernel.name == "cuda")
+    x, weight, bias = (t.cuda() for t in problem(tokens, 129, 1001, dtype))
+    packed = Bitmap.pack(weight)
+    assert kernel.refuses(packed) is None
+    for b in (bias, None):
+        y = kernel.run(x, kernel.prepare(packed), b, 129, 1001)
+        expected = x.double() @ weight.double().T + (0 if b is None else b.double())
+        assert (y.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+    op = torch.ops.sparsekern.linear_bitmap_cuda.default
+    torch.library.opcheck(op, (x, *kernel.prepare(packed), bias, 1001))
 
 
 @pytest.mark.parametrize("arch", ["80", "90a"])
