@@ -19,6 +19,7 @@ ARROWS = {
     "stats": set(),
     "formats": set(),
     "timing": set(),
+    "baselines": set(),
     "text": set(),
     "shapes": set(),
     "measure": {"timing"},
@@ -35,7 +36,7 @@ ARROWS = {
 # the two halves meet in an ordinary nn.Linear whose weight holds zeros, and nowhere else
 PRUNE, RUN = {"calibrate", "methods", "oneshot", "lottery"}, {"formats", "linear", "plan"}
 # commands and what they are made of: they may import everything, and of the rest only each other imports them
-DOORS = {"card", "cli", "demo", "doctor", "inspect", "preview", "speed"}
+DOORS = {"card", "cli", "demo", "doctor", "endtoend", "inspect", "preview", "speed"}
 # foreign thing -> where it is let in
 FOREIGN = {"transformers": "hf.py", "triton": "ops/triton/"}
 
