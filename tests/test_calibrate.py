@@ -1,6 +1,7 @@
 """The walk against plain forward hooks over ordinary forwards, on every architecture and on models made to break it."""
 
 import copy
+import functools
 import weakref
 from collections import defaultdict
 from itertools import groupby
@@ -393,6 +394,33 @@ def test_a_layer_used_twice_counts_both_and_one_never_called_is_listed():
     torch.testing.assert_close(got["blocks.0.used"].norm, want["blocks.0.used"].norm)
     assert got["blocks.0.used"].tokens == 2 * (2 * 5 + 2 * 6)
     assert sorted(walk.never_called) == ["blocks.0.unused", "blocks.1.down", "blocks.1.up"]
+
+
+def test_a_layer_that_two_blocks_share_counts_what_it_reads_in_the_first():
+    class Both(nn.Module):
+        def __init__(self, shared):
+            super().__init__()
+            self.shared, self.own = shared, nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.shared(x) + self.own(x)
+
+    shared = nn.Linear(8, 8)
+    got = {name: stats for name, _, stats in Walk(Blocks(Both(shared), Both(shared)), ids(5), InputNorm)}
+    assert list(got) == ["blocks.0.shared", "blocks.0.own", "blocks.1.own"]
+    assert got["blocks.0.shared"] is got["blocks.0.own"]
+    assert got["blocks.0.shared"].tokens == 2 * 5
+
+
+def test_a_forward_that_others_put_into_a_block_stays():
+    """accelerate does so to move a block's inputs to its device."""
+    model = Blocks(Residual(), Residual())
+    theirs = functools.partial(Residual.forward, model.blocks[0])
+    model.blocks[0].forward = theirs
+    walk = Walk(model, ids(5), InputNorm)
+    assert len(list(walk)) == 4
+    assert walk.how == "replay"
+    assert model.blocks[0].forward is theirs
 
 
 def test_blocks_are_walked_in_the_order_they_run():
