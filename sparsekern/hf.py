@@ -63,6 +63,11 @@ def facts(model: nn.Module) -> dict[str, str | int]:
     }
 
 
+def positions(model: nn.Module) -> int | None:
+    """How many tokens the model can be given at once; None when its config sets no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def quiet() -> None:
     """Turn transformers' own progress bars off."""
     transformers.utils.logging.disable_progress_bar()

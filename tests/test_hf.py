@@ -320,3 +320,8 @@ def test_facts_count_tied_parameters_once(model):
     assert hf.facts(model)["parameters"] - hf.facts(tied)["parameters"] == tied.lm_head.weight.numel()
     assert hf.facts(model)["architecture"] == "LlamaForCausalLM"
     assert hf.facts(model)["dtype"] == "float32"
+
+
+def test_positions_are_what_the_config_says_and_none_where_it_says_nothing(model):
+    assert hf.positions(model) == model.config.max_position_embeddings
+    assert hf.positions(tiny_models.make("mamba2")) is None

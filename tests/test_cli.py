@@ -1,0 +1,146 @@
+"""The commands: the main job from end to end, JSON that parses, and one clear line for every bad input."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from sparsekern.cli import app
+from sparsekern.demo import MODEL
+
+CALIBRATION, HELDOUT = str(MODEL / "calibration.txt"), str(MODEL / "heldout.txt")
+SMALL = ("--samples", "4", "--seqlen", "64")
+
+
+def run(*args, code=0):
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    assert result.exit_code == code, result.output + result.stderr + repr(result.exception)
+    return result
+
+
+@pytest.fixture(scope="module")
+def heldout(tmp_path_factory):
+    """A short held-out text, so that perplexity takes no time."""
+    path = tmp_path_factory.mktemp("text") / "heldout.txt"
+    path.write_text((MODEL / "heldout.txt").read_text()[:4000])
+    return path
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory, heldout):
+    """The shipped model, pruned 2:4 on the command line."""
+    out = tmp_path_factory.mktemp("pruned") / "out"
+    run("prune", MODEL, "--pattern", "2:4", "--calibration", CALIBRATION, "--heldout", heldout, *SMALL, "-o", out)
+    return out
+
+
+@pytest.mark.parametrize("command", ["prune", "bench", "eval", "inspect", "doctor", "demo"])
+def test_help_shows_an_example(command):
+    assert f"sparsekern {command}" in run(command, "--help").output
+
+
+def test_prune_writes_a_checkpoint_that_plain_transformers_loads(pruned):
+    model = AutoModelForCausalLM.from_pretrained(pruned)
+    weight = model.model.layers[0].mlp.down_proj.weight
+    assert ((weight.unflatten(1, (-1, 4)) != 0).sum(dim=2) <= 2).all()
+    logits = model(torch.tensor([[1, 2, 3]])).logits
+    assert logits.isfinite().all()
+
+
+def test_prune_leaves_its_report_and_a_card_with_the_command_and_the_figures(pruned):
+    report = json.loads((pruned / "sparsekern.json").read_text())
+    assert report["report"]["sparsity"] == 0.5
+    assert report["perplexity"]["after"]["value"] > report["perplexity"]["before"]["value"] * 0.9
+    card = (pruned / "README.md").read_text()
+    assert f"pruned {report['perplexity']['after']['value']:.3f}" in card
+    assert "sha256 of the dense model.safetensors" in card
+    assert report["report"]["layers"][0]["name"] in card
+
+
+def test_inspect_finds_the_pattern_in_what_prune_wrote(pruned):
+    rows = json.loads(run("inspect", pruned, "--json").stdout)
+    found = {row["pattern"] for row in rows if "_proj" in row["name"]}
+    assert found == {"2:4"}
+    assert "matrices" in run("inspect", pruned).output
+
+
+def test_eval_gives_the_perplexity_that_prune_reported(pruned, heldout):
+    result = json.loads(run("eval", pruned, "--text", heldout, "--seqlen", "64", "--json").stdout)
+    report = json.loads((pruned / "sparsekern.json").read_text())
+    assert result["value"] == pytest.approx(report["perplexity"]["after"]["value"], rel=1e-6)
+
+
+def test_bench_times_a_checkpoint_after_checking_it(pruned):
+    result = json.loads(run("bench", pruned, "--tokens", "1", "--seconds", "2", "--json").stdout)
+    assert result["dense_bytes"] > 0
+
+
+def test_bench_times_real_shapes_with_random_weights(tmp_path):
+    args = (
+        "bench",
+        "--config",
+        "tiny",
+        "--tokens",
+        "1,3",
+        "--seconds",
+        "2",
+        "--plot",
+        tmp_path / "speed.png",
+        "--json",
+    )
+    result = json.loads(run(*args).stdout)
+    assert {row["tokens"] for row in result["rows"]} == {1, 3}
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path):
+    args = ("prune", MODEL, "--pattern", "2:4", "--calibration", CALIBRATION, "-o", tmp_path / "out", "--dry-run")
+    planned = json.loads(run(*args, "--json").stdout)
+    assert planned["decode_ceiling"] == pytest.approx(16 / 9)
+    assert "nothing was written" in run(*args).output
+    assert not (tmp_path / "out").exists()
+
+
+def test_doctor_prints_json_and_tables():
+    assert json.loads(run("doctor", "--json").stdout)["kernels"]
+    assert "sparsekern._cpu" in run("doctor").output
+
+
+NOWHERE, TOO_SHORT, OUT, HERE = "{dir}/nowhere", "{dir}/short.txt", "{dir}/out", "{dir}"
+PRUNE = ("prune", MODEL, "-o", OUT, *SMALL)
+CALIBRATED = (*PRUNE, "--calibration", CALIBRATION)
+BAD = {
+    "missing model": (("prune", NOWHERE, "-o", OUT, "--calibration", CALIBRATION), "no such directory"),
+    "not a checkpoint": (("eval", HERE, "--text", HELDOUT), "holds no config.json"),
+    "missing text": ((*PRUNE, "--calibration", f"{NOWHERE}.txt"), "no such file"),
+    "short text": ((*PRUNE, "--calibration", TOO_SHORT), "a window needs 64 tokens"),
+    "no calibration": (PRUNE, "method sparsegpt needs --calibration"),
+    "unknown method": ((*PRUNE, "--method", "magic"), "method must be one of magnitude, wanda, sparsegpt, got 'magic'"),
+    "unknown pattern": ((*CALIBRATED, "--pattern", "half"), "pattern must be N:M"),
+    "sparsity out of range": ((*CALIBRATED, "--pattern", "1.5"), "must lie in 0..1, got 1.5"),
+    "odd group": ((*CALIBRATED, "--pattern", "2:7"), "multiple of 7, got 256"),
+    "existing output": (("prune", MODEL, "-o", HERE, "--calibration", CALIBRATION), "exists already"),
+    "unknown dtype": ((*CALIBRATED, "--dtype", "int4"), "dtype must be one of"),
+    "nothing to inspect": (("inspect", HERE), "holds no safetensors"),
+    "bench of nothing": (("bench",), "exactly one of them"),
+    "unknown config": (("bench", "--config", "gpt-9"), "no shapes are known of model 'gpt-9'"),
+    "long windows": (
+        ("eval", MODEL, "--text", HELDOUT, "--seqlen", "4096"),
+        "at most the model's 1024 positions, got 4096",
+    ),
+    "tokens that are no numbers": (("bench", "--config", "tiny", "--tokens", "one"), "tokens must be numbers"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_with_exit_code_2_and_writes_nothing(tmp_path, case):
+    args, words = BAD[case]
+    (tmp_path / "short.txt").write_text("too short")
+    result = run(*(str(arg).format(dir=tmp_path) for arg in args), code=2)
+    assert words in result.stderr
+    assert result.stderr.startswith("error:")
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert result.stdout == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
