@@ -73,11 +73,11 @@ def perplexity(
     if windows == 0:
         raise ValueError(f"perplexity needs at least seqlen = {seqlen} tokens, got {len(tokens)}; use a longer text")
     tokens = tokens[: windows * seqlen].cpu()
-    device, total = _device(model), 0.0
-    with _evaluating(model):
+    device, total = device_of(model), 0.0
+    with evaluating(model):
         for window in range(windows):
             ids = tokens[window * seqlen : (window + 1) * seqlen].to(device)
-            mean = _cross_entropy(_logits(model, ids), ids)
+            mean = _cross_entropy(logits(model, ids), ids)
             if not math.isfinite(mean):
                 raise ValueError(
                     f"the model's loss is {mean} in window {window} of {windows}; check the weights for NaN"
@@ -227,10 +227,10 @@ def measure(
     Raises ValueError as `perplexity` does.
     """
     worth = perplexity(model, heldout, seqlen, progress)
-    device = _device(model)
+    device = device_of(model)
     token = heldout.reshape(-1)[:1].to(device)
-    with _evaluating(model):
-        timed = alternate({"decode": lambda _: _logits(model, token)}, rounds=rounds, seconds=30, device=device)
+    with evaluating(model):
+        timed = alternate({"decode": lambda _: logits(model, token)}, rounds=rounds, seconds=30, device=device)
     return Report(
         perplexity=worth,
         bytes=weight_bytes(model),
@@ -274,7 +274,7 @@ def _of_speed(facts: Json) -> tuple[object, ...]:
     return tuple(facts.get(key) for key in ("cpu", "threads", "gpu"))
 
 
-def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
     """Logits [tokens, vocabulary] of one sequence ids [tokens]."""
     cache = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
     out = model(ids[None], **cache)
@@ -291,7 +291,7 @@ def _cross_entropy(logits: Tensor, ids: Tensor) -> float:
     return total / (len(ids) - 1)
 
 
-class _evaluating:
+class evaluating:
     """The model in eval mode without gradients; afterwards every module is as it was."""
 
     def __init__(self, model: nn.Module):
@@ -313,7 +313,7 @@ def _first(model: nn.Module) -> Tensor | None:
     return next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), None)
 
 
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
     first = _first(model)
     return torch.device("cpu") if first is None else first.device
 

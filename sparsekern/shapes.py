@@ -33,10 +33,16 @@ class ModelShape:
     layers: tuple[LayerShape, ...]
     head: LayerShape
     tied: bool
+    heads: int
+    kv_heads: int
 
     @property
     def hidden(self) -> int:
         return self.head.in_features
+
+    @property
+    def intermediate(self) -> int:
+        return self.layers[-1].in_features
 
     @property
     def vocabulary(self) -> int:
@@ -70,7 +76,7 @@ def _llama(
         LayerShape("up_proj", intermediate, hidden),
         LayerShape("down_proj", hidden, intermediate),
     )
-    return ModelShape(name, blocks, layers, LayerShape("lm_head", vocabulary, hidden), tied)
+    return ModelShape(name, blocks, layers, LayerShape("lm_head", vocabulary, hidden), tied, heads, kv_heads)
 
 
 _LLAMA_3_2_1B = _llama(
