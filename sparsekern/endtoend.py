@@ -21,7 +21,7 @@ from sparsekern.timing import Json, Latency, Ratio, alternate
 ROUNDS = 50
 DENSE, SPARSE = "dense", "sparse"
 # of the root mean square of the logits; several layers of rounding lie between a weight and a logit
-LARGEST_DIFFERENCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+LARGEST_DIFFERENCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)

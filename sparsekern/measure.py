@@ -15,6 +15,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -291,21 +292,16 @@ def _cross_entropy(logits: Tensor, ids: Tensor) -> float:
     return total / (len(ids) - 1)
 
 
-class evaluating:
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in eval mode without gradients; afterwards every module is as it was."""
-
-    def __init__(self, model: nn.Module):
-        self._model = model
-        self._no_grad = torch.inference_mode()
-
-    def __enter__(self) -> None:
-        self._training = [module for module in self._model.modules() if module.training]
-        self._model.eval()
-        self._no_grad.__enter__()
-
-    def __exit__(self, *raised: object) -> None:
-        self._no_grad.__exit__(*raised)
-        for module in self._training:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training:
             module.training = True
 
 

@@ -1,0 +1,26 @@
+"""Every bench script runs at a tiny size, so that none can rot, and ends with its result as JSON."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# what makes a script tiny; train_demo_model.py has a test of its own
+TINY = {"model.py": ["--tiny"], "linear_bitmap.py": ["--tiny"]}
+ELSEWHERE = {"train_demo_model.py"}
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "bench").glob("*.py")))
+def test_a_bench_script_runs_and_ends_with_json(script):
+    if script in ELSEWHERE:
+        pytest.skip("has a test of its own")
+    command = [sys.executable, str(ROOT / "bench" / script), *TINY[script]]
+    ran = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout.splitlines()[-1])
