@@ -19,7 +19,8 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 
 bench: $(VENV)/installed
-	$(PY) -m pytest bench
+	$(VENV)/bin/sparsekern bench --config llama-3.2-1b --sparsity 0.5
+	$(PY) bench/model.py --model llama-3.2-1b --pattern 50%
 
 build: $(VENV)/installed
 
