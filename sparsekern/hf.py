@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
+TOKENIZER_FILES = ("*token*", "vocab*", "*.model")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -107,9 +108,13 @@ def load(
 
 def tokenizer(path_or_name: str | Path, revision: str | None = None, trust_remote_code: bool = False):
     """The tokenizer of a local directory or of the hub. Raises ValueError, in one line, when there is none."""
+    source = _source(path_or_name)
+    # transformers 5.0 would make an empty one up
+    if os.path.isdir(source) and not any(any(Path(source).glob(files)) for files in TOKENIZER_FILES):
+        raise ValueError(f"cannot load tokenizer {str(path_or_name)!r}: the directory holds none")
     try:
         return transformers.AutoTokenizer.from_pretrained(
-            _source(path_or_name), revision=revision, trust_remote_code=trust_remote_code
+            source, revision=revision, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         raise ValueError(_in_one_line("tokenizer", path_or_name, error)) from error
