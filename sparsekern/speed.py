@@ -8,6 +8,8 @@ read and not the cache. Beside each speed-up stand
     read share  the packed weight's bytes per second / those of the plain read, in the same rounds
 
 The best dense is the fastest of the baselines (baselines.py) in that row.
+
+This is one file because a row is read with the code that measures it and with the table and drawing it ends in.
 """
 
 import io
@@ -15,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import partial
 from os import PathLike
 
 import torch
@@ -97,9 +100,6 @@ class Total:
             / sum(row.count * row.packed_bytes for row in rows),
         )
 
-    def to_json(self) -> Json:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Speed:
@@ -125,29 +125,21 @@ class Speed:
 
     def to_json(self) -> Json:
         """What json.dumps takes."""
-        parts = {"rows": [row.to_json() for row in self.rows], "totals": [total.to_json() for total in self.totals]}
+        parts = {"rows": [row.to_json() for row in self.rows], "totals": [asdict(total) for total in self.totals]}
         return {**asdict(self), **parts}
 
     def table(self):
         """A rich table: a row for each shape, and the whole block under them, at each number of tokens."""
+        from rich import box
         from rich.table import Table
 
         threads = f"{self.machine['threads']} threads"
         title = f"{self.model}: linear layers at {self.sparsity:.0%} sparsity, {self.dtype}, {threads}"
-        table = Table(title=title, caption=self.caption(), title_justify="left", caption_justify="left")
-        for name in (
-            "tokens",
-            "layers",
-            "shape",
-            "sparse us",
-            "best dense us",
-            "",
-            "speed-up",
-            "x F.linear",
-            "ceiling",
-            "of read",
-        ):
-            table.add_column(name, justify="left" if name in ("layers", "") else "right", no_wrap=True)
+        left = {"title_justify": "left", "caption_justify": "left"}
+        table = Table(title=title, caption=self.caption(), box=box.SIMPLE, pad_edge=False, **left)
+        times = ("sparse us", "best dense us", "of")
+        for name in ("tokens", "layers", "shape", *times, "speed-up", "x F.linear", "ceiling", "of read"):
+            table.add_column(name, justify="left" if name in ("layers", "of") else "right", overflow="fold")
         for total in self.totals:
             for row in self.rows:
                 if row.tokens == total.tokens:
@@ -188,7 +180,7 @@ class Speed:
         from rich.console import Console
 
         text = io.StringIO()
-        Console(file=text, width=140).print(self.table())
+        Console(file=text, width=200).print(self.table())
         return text.getvalue().rstrip()
 
 
@@ -289,16 +281,18 @@ class _Bench:
         variants = {READ: lambda number: self._read(self._chunks[number % len(self._chunks)])}
         for each in self._dense:
             copies = self._copies_of(each, tokens) if each.of_tokens else self._prepared[each.name]
-            run = self._dense_run(each, x, copies)
+            run = partial(self._run_dense, each, copies, x)
             check_linear(run(0), x, self._weight, self._bias, f"{each.name} at {tokens} tokens")
             variants[each.name] = run
         check_linear(self._run_sparse(x, 0), x, self._pruned, self._bias, f"kernel {self.kernel.name}")
-        variants[self.kernel.name] = lambda number: self._run_sparse(x, number)
+        variants[self.kernel.name] = partial(self._run_sparse, x)
         return alternate(variants, rounds=rounds, seconds=end - time.perf_counter(), device=x.device)
 
     def row(self, tokens: int, timed: Alternation) -> Row:
         latencies = {each.name: timed.latency(each.name) for each in self._dense}
-        best = min(latencies, key=lambda name: latencies[name].median)
+        # what disturbs only ever adds time: unsteady ones are told apart by their fastest tenth
+        steady = all(latency.steady for latency in latencies.values())
+        best = min(latencies, key=lambda name: latencies[name].median if steady else latencies[name].p10)
         sparse, read = timed.latency(self.kernel.name), timed.latency(READ)
         bandwidth = Bandwidth.of(read, READ_BYTES)
         share = self._packed_bytes / sparse.median / bandwidth.median if sparse.steady and read.steady else None
@@ -323,8 +317,8 @@ class _Bench:
     def _copies_of(self, dense: Dense, tokens: int) -> list[object]:
         return [dense.prepare(self._weight, self._bias, tokens) for _ in range(self._copies)]
 
-    def _dense_run(self, dense: Dense, x: Tensor, copies: list[object]) -> Callable[[int], Tensor]:
-        return lambda number: dense.run(x, copies[number % len(copies)], self._bias)
+    def _run_dense(self, dense: Dense, copies: list[object], x: Tensor, number: int) -> Tensor:
+        return dense.run(x, copies[number % len(copies)], self._bias)
 
     def _run_sparse(self, x: Tensor, number: int) -> Tensor:
         return self.kernel.run(x, self._sparse[number % len(self._sparse)], self._bias, *self._shape)
@@ -354,8 +348,9 @@ def draw_speed(speed: Speed, axes) -> None:
         missing = "" if len(known) == len(totals) else " (unsteady ones left out)"
         points = [place for place, _ in known]
         axes.errorbar(points, medians, (below, above), fmt="o-", capsize=3, color=colour, label=label + missing)
-    ceilings = [total.ceiling for total in totals]
-    axes.plot(places, ceilings, "--", color="black", label="ceiling: dense bytes / packed bytes")
+    axes.plot(
+        places, [total.ceiling for total in totals], "--", color="black", label="ceiling: dense bytes / packed bytes"
+    )
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set_xticks(list(places), [str(total.tokens) for total in totals])
     axes.set_xlabel("tokens")
@@ -391,12 +386,12 @@ def _weighted(rows: Sequence[Row], ratios: Sequence[Ratio]) -> Ratio:
         if ratio.median is None:
             return Ratio.unknown(f"{', '.join(row.layers)}: {ratio.reason}")
     weights = [row.count * row.sparse.median for row in rows]
-
-    def mean(name: str) -> float:
-        terms = zip(weights, ratios, strict=True)
-        return sum(weight * getattr(ratio, name) for weight, ratio in terms) / sum(weights)
-
-    return Ratio(mean("median"), mean("p10"), mean("p90"))
+    pairs = list(zip(weights, ratios, strict=True))
+    median, p10, p90 = (
+        sum(weight * getattr(ratio, name) for weight, ratio in pairs) / sum(weights)
+        for name in ("median", "p10", "p90")
+    )
+    return Ratio(median, p10, p90)
 
 
 def _microseconds(latency: Latency) -> str:
