@@ -134,17 +134,27 @@ class Speed:
         from rich.table import Table
 
         threads = f"{self.machine['threads']} threads"
-        title = f"{self.model}: linear layers at {self.sparsity:.0%} sparsity, {self.dtype}, {threads}"
+        title = f"{self.model}, {self.blocks} blocks: linear layers at {self.sparsity:.0%} sparsity, {self.dtype}, {threads}"
         left = {"title_justify": "left", "caption_justify": "left"}
-        table = Table(title=title, caption=self.caption(), box=box.SIMPLE, pad_edge=False, **left)
-        times = ("sparse us", "best dense us", "of")
-        for name in ("tokens", "layers", "shape", *times, "speed-up", "x F.linear", "ceiling", "of read"):
-            table.add_column(name, justify="left" if name in ("layers", "of") else "right", overflow="fold")
+        table = Table(
+            title=title,
+            caption=self.caption(),
+            box=box.SIMPLE,
+            pad_edge=False,
+            collapse_padding=True,
+            show_edge=False,
+            **left,
+        )
+        # a time and its (p10–p90) may stand on two lines, but are not cut
+        widths = {"tokens": 6, "layers": 8, "shape": 9, "sparse us": 11, "best dense us": 11, "of": 9}
+        widths |= {"speed-up": 11, "x F.linear": 8, "ceiling": 7, "of read": 4}
+        for name, width in widths.items():
+            table.add_column(name, justify="left" if name in ("layers", "of") else "right", min_width=width)
         for total in self.totals:
             for row in self.rows:
                 if row.tokens == total.tokens:
                     table.add_row(*self._cells(row))
-            name = f"block, of {self.blocks}"
+            name = "block"
             times = [f"{seconds * 1e6:.0f}" for seconds in (total.sparse, total.best)]
             ratios = (_spread(total.speedup), _median(total.over_linear), f"{total.ceiling:.2f}x", "")
             table.add_row(str(total.tokens), name, "", *times, "", *ratios, style="bold", end_section=True)
