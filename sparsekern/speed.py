@@ -133,8 +133,8 @@ class Speed:
         from rich import box
         from rich.table import Table
 
-        threads = f"{self.machine['threads']} threads"
-        title = f"{self.model}, {self.blocks} blocks: linear layers at {self.sparsity:.0%} sparsity, {self.dtype}, {threads}"
+        setting = f"{self.sparsity:.0%} sparsity, {self.dtype}, {self.machine['threads']} threads"
+        title = f"{self.model}, {self.blocks} blocks: linear layers at {setting}"
         left = {"title_justify": "left", "caption_justify": "left"}
         table = Table(
             title=title,
@@ -146,10 +146,10 @@ class Speed:
             **left,
         )
         # a time and its (p10–p90) may stand on two lines, but are not cut
-        widths = {"tokens": 6, "layers": 8, "shape": 9, "sparse us": 11, "best dense us": 11, "of": 9}
-        widths |= {"speed-up": 11, "x F.linear": 8, "ceiling": 7, "of read": 4}
+        widths = {"tokens": 6, "layers": 8, "shape": 9, "sparse us": 11, "dense us": 11, "best": 9}
+        widths |= {"speed-up": 11, "x torch": 6, "ceiling": 5, "of read": 4}
         for name, width in widths.items():
-            table.add_column(name, justify="left" if name in ("layers", "of") else "right", min_width=width)
+            table.add_column(name, justify="left" if name in ("layers", "best") else "right", min_width=width)
         for total in self.totals:
             for row in self.rows:
                 if row.tokens == total.tokens:
@@ -166,7 +166,8 @@ class Speed:
         lines = [
             f"{facts['gpu'] or facts['cpu']}; reads {self.bandwidth} by {self.read_by}; torch {facts['torch']}; "
             f"commit {facts['commit'] or 'unknown'}; {self.date}",
-            "median (p10–p90), ~ is unsteady; a ratio is of alternating samples, none (–) where one is unsteady",
+            "median (p10–p90), ~ is unsteady; ratios of alternating samples, none (–) where one is unsteady",
+            "x torch: against F.linear; of read: of the bytes per second of a plain read in the same rounds",
         ]
         lines += [f"{name} did not run: {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
