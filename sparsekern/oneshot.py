@@ -115,6 +115,8 @@ def prune(
                 bar.update(task, description=name)
                 report.layers.append(_prune_layer(name, layer, stats, method, pattern))
                 bar.advance(task)
+            # the loop's own name would keep a block's statistics alive while the next block's are gathered
+            del stats
     if walk is not None:
         report.calibration = walk.how + (f": {walk.why}" if walk.why else "")
         report.skipped += [(name, "never called on the calibration batches") for name in walk.never_called]
