@@ -147,7 +147,7 @@ class Speed:
         )
         # a time and its (p10–p90) may stand on two lines, but are not cut
         widths = {"tokens": 6, "layers": 8, "shape": 9, "sparse us": 11, "dense us": 11, "best": 9}
-        widths |= {"speed-up": 11, "x torch": 6, "ceiling": 5, "read": 4}
+        widths |= {"speed-up": 11, "torch": 5, "ceiling": 5, "read": 4}
         for name, width in widths.items():
             table.add_column(name, justify="left" if name in ("layers", "best") else "right", min_width=width)
         for total in self.totals:
@@ -167,7 +167,7 @@ class Speed:
             f"{facts['gpu'] or facts['cpu']}; reads {self.bandwidth} by {self.read_by}; torch {facts['torch']}; "
             f"commit {facts['commit'] or 'unknown'}; {self.date}",
             "median (p10–p90), ~ is unsteady; ratios of alternating samples, none (–) where one is unsteady",
-            "x torch: against F.linear; read: of the bytes per second of a plain read in the same rounds",
+            "torch: speed-up over F.linear; read: of the bytes per second of a plain read in the same rounds",
         ]
         lines += [f"{name} did not run: {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
