@@ -1,5 +1,6 @@
 """SparseLinear: a drop-in for nn.Linear whose weight is packed; sparsify() and densify() swap a whole model."""
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
@@ -8,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsekern.formats import Bitmap, SemiStructured
-from sparsekern.ops import LINEAR_KERNELS
+from sparsekern.ops import LINEAR_KERNELS, compiled
 from sparsekern.ops.kernel import Kernel, pick
 from sparsekern.plan import Plan, Unmeasured
 
@@ -141,6 +142,8 @@ def sparsify(
 
     A layer stays dense when no format makes it smaller or no kernel is faster; the report says why for each.
     """
+    if reason := compiled.why_not("cpu"):
+        warnings.warn(f"sparsekern._cpu is missing, so the reference ops serve on a CPU: {reason}", stacklevel=2)
     plan, tokens, skip = plan or Plan.for_model(model), tuple(tokens), tuple(skip)
     report = SwapReport()
     shared = _shared_weights(model)

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparsekern as sk
 from sparsekern.formats import Bitmap, SemiStructured
-from sparsekern.ops import LINEAR_KERNELS
+from sparsekern.ops import LINEAR_KERNELS, compiled
 from sparsekern.ops.kernel import Kernel
 from sparsekern.pattern import NM
 
@@ -187,6 +187,12 @@ def test_every_layer_is_accounted_for_whatever_wins(model):
     assert report.to_json()["dense_bytes"] == sum(
         model.get_submodule(row["name"]).weight.nbytes for row in report.swapped
     )
+
+
+def test_a_missing_compiled_module_is_warned_of_with_the_reason(model, monkeypatch):
+    monkeypatch.setattr(compiled, "why_not", lambda name: "not built: no C++ compiler was found")
+    with pytest.warns(UserWarning, match="the reference ops serve on a CPU: not built: no C\\+\\+ compiler was found"):
+        sk.sparsify(model, plan=sk.Unmeasured())
 
 
 def test_a_meta_weight_is_refused_with_its_name(model):
