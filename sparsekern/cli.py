@@ -160,6 +160,8 @@ def doctor(as_json: AsJson = False):
         modules = Table("module", "", title="compiled")
         for name, reason in facts["modules"].items():
             modules.add_row(f"sparsekern._{name}", reason or "loaded")
+        if facts["instruction_set"]:
+            modules.add_row("CPU kernels", facts["instruction_set"])
         kernels = Table("device", "format", "dtype", "kernel", "", title="kernels of a linear layer, best first")
         for row in facts["kernels"]:
             verdict = "used" if row["used"] else row["refusal"] or "serves, not needed"

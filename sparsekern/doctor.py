@@ -14,9 +14,14 @@ LIBRARIES = ("torch", "transformers", "triton", "safetensors", "tokenizers")
 
 
 def examine() -> dict[str, Any]:
-    """The facts: `machine`, `libraries` with versions (None: not installed), `modules` with the reason that one is
-    missing (None: loaded), and `kernels`, a row for every device, format, dtype and kernel with its refusal (None: it
-    serves, and the first that serves is used)."""
+    """The facts.
+
+    machine, libraries  what a result depends on
+    modules             why a compiled module is missing; None: it is loaded
+    instruction_set     which one the CPU kernels use
+    kernels             a row for every device, format, dtype and kernel with its refusal; None: it serves, and the first
+                        that serves is used
+    """
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     rows = []
     for device in devices:
@@ -27,6 +32,7 @@ def examine() -> dict[str, Any]:
         "machine": machine(),
         "libraries": libraries(),
         "modules": {name: compiled.why_not(name) for name in MODULES},
+        "instruction_set": compiled.cpu().isa() if compiled.cpu() else None,
         "kernels": rows,
     }
 

@@ -1,0 +1,41 @@
+"""The card of a pruned model holds the command, the figures as they are, and what was left dense."""
+
+from sparsekern.card import model_card
+from sparsekern.measure import Perplexity
+from sparsekern.oneshot import LayerReport, PruneReport
+
+LAYERS = [LayerReport(f"layers.{i}.up", 8, 4, 0.5, 0.1 * i, 0.2 * i if i else None, 0.01, 0, 1.0) for i in range(8)]
+REPORT = PruneReport("SparseGPT()", "2:4", LAYERS, [("lm_head", "output embeddings")], "replay")
+FACTS = {"torch": "2.13.0", "sha256 of the dense model.safetensors": "abc"}
+
+
+def card(perplexity=None):
+    return model_card("tiny", "sparsekern prune tiny -o out", REPORT, "4 windows of 64 tokens", perplexity, FACTS)
+
+
+def test_command_calibration_and_provenance_are_on_it():
+    for words in (
+        "sparsekern prune tiny -o out",
+        "4 windows of 64 tokens",
+        "abc",
+        "- torch: 2.13.0",
+        "8 Linear layers",
+    ):
+        assert words in card()
+
+
+def test_the_five_layers_with_the_largest_held_out_error_are_listed():
+    rows = [line for line in card().splitlines() if line.startswith("| layers.")]
+    assert [row.split(" | ")[0] for row in rows] == [f"| layers.{i}.up" for i in (7, 6, 5, 4, 3)]
+    assert "| layers.7.up | 50.00% | 0.7000 | 1.4000 | 0.0100 | 0 |" in rows
+
+
+def test_perplexity_is_given_with_its_protocol_or_said_to_be_missing():
+    before, after = (Perplexity(value, 64, 3, 192, "f" * 64, "bfloat16") for value in (8.0, 9.5))
+    assert "Dense 8.000, pruned 9.500: 3 windows of 64 tokens, bfloat16" in card({"before": before, "after": after})
+    assert before.protocol in card({"before": before, "after": after})
+    assert "Not measured: no held-out text was given." in card()
+
+
+def test_what_stays_dense_is_named_with_the_reason():
+    assert "- lm_head: output embeddings" in card()
