@@ -19,8 +19,8 @@ def examine() -> dict[str, Any]:
     machine, libraries  what a result depends on
     modules             why a compiled module is missing; None: it is loaded
     instruction_set     which one the CPU kernels use
-    kernels             a row for every device, format, dtype and kernel with its refusal; None: it serves, and the first
-                        that serves is used
+    kernels             a row for every device, format, dtype and kernel with its refusal; None: it serves, the first
+                        one that does is used
     """
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     rows = []
