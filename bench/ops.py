@@ -1,0 +1,79 @@
+"""ops: how long each op and each step of the way takes, for watching one machine over time with pytest-benchmark.
+
+    pytest bench/ops.py -k large --benchmark-json=ops.json          then: pytest-benchmark compare
+    pytest bench/ops.py -k tiny --benchmark-disable                 a check that everything here still runs
+
+These are times of one implementation, in one buffer, in whatever cache holds it. They compare commits, and say nothing
+of sparse against dense: that is for linear_bitmap.py and model.py to say.
+"""
+
+import pytest
+import torch
+
+from sparsekern import SparseGPT, Wanda
+from sparsekern.formats import Bitmap, SemiStructured
+from sparsekern.ops import LINEAR_KERNELS, obs_sweep
+from sparsekern.pattern import NM
+from sparsekern.stats import Gram
+
+FORMATS = pytest.mark.parametrize("format", [Bitmap, SemiStructured], ids=lambda format: format.name)
+
+
+@pytest.fixture(params=[(24, 32), (1024, 1024)], ids=["tiny", "large"])
+def weight(request):
+    """[out_features, in_features], 2:4, so that every format holds it."""
+    weight = torch.randn(request.param, generator=torch.Generator().manual_seed(0))
+    return weight.where(NM(2, 4).mask(weight.abs()), 0.0)
+
+
+@pytest.fixture
+def gram(weight):
+    gram = Gram(weight.shape[1])
+    gram.add(torch.randn(4 * weight.shape[1], weight.shape[1], generator=torch.Generator().manual_seed(1)))
+    return gram
+
+
+@FORMATS
+def test_pack(benchmark, format, weight):
+    assert torch.equal(benchmark(format.pack, weight).to_dense(), weight)
+
+
+@FORMATS
+def test_to_dense(benchmark, format, weight):
+    packed = format.pack(weight)
+    assert torch.equal(benchmark(packed.to_dense), weight)
+
+
+@pytest.mark.parametrize(
+    "kernel", [(f, k) for f, ks in LINEAR_KERNELS.items() for k in ks], ids=lambda k: k[0].name + k[1].name
+)
+def test_linear(benchmark, kernel, weight):
+    format, kernel = kernel
+    packed = format.pack(weight)
+    if reason := kernel.refuses(packed):
+        pytest.skip(f"{kernel.name}: {reason}")
+    x, operands = torch.randn(4, weight.shape[1]), kernel.prepare(packed)
+    y = benchmark(kernel.run, x, operands, None, *weight.shape)
+    torch.testing.assert_close(y, x @ weight.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", obs_sweep.KERNELS, ids=lambda kernel: kernel.name)
+def test_obs_sweep(benchmark, kernel, weight, gram):
+    u, _ = gram.inverse_cholesky(0.01)
+    block = slice(0, min(128, weight.shape[1]))
+    mask = weight[:, block] != 0
+    pruned, _ = benchmark(kernel.run, torch.ones_like(mask, dtype=torch.float32), u[block, block], mask)
+    assert torch.equal(pruned[~mask], torch.zeros(int((~mask).sum())))
+
+
+def test_gram(benchmark, weight):
+    x, gram = torch.randn(64, weight.shape[1]), Gram(weight.shape[1])
+    benchmark(gram.add, x)
+    assert gram.tokens % 56 == 0
+
+
+@pytest.mark.parametrize("method", [Wanda(), SparseGPT()], ids=lambda method: type(method).__name__)
+def test_prune(benchmark, method, weight, gram):
+    dense = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
+    pruned = benchmark(method.prune, dense, gram, NM(2, 4))
+    assert (pruned == 0).sum() == dense.numel() / 2
