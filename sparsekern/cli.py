@@ -32,6 +32,7 @@ from sparsekern.speed import measure_speed
 from sparsekern.speed import plot as plot_speed
 
 BAD_INPUT = 2
+WIDTH = 120
 SEQLEN = 2048  # what published perplexities are measured at
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -231,7 +232,8 @@ def _print(result: Any, as_json: bool, tables: Callable[[Any], list[Any]]) -> No
     if as_json:
         typer.echo(json.dumps(result, indent=1))
         return
-    console = Console()
+    # a pipe or a file has no width of its own, and the tables need more than the 80 columns that rich assumes
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     for part in tables(result):
         console.print(part, highlight=False, markup=False)
 

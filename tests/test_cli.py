@@ -56,7 +56,7 @@ def test_prune_leaves_its_report_and_a_card_with_the_command_and_the_figures(pru
     card = (pruned / "README.md").read_text()
     assert f"pruned {report['perplexity']['after']['value']:.3f}" in card
     assert "sha256 of the dense model.safetensors" in card
-    assert report["report"]["layers"][0]["name"] in card
+    assert max(report["report"]["layers"], key=lambda layer: layer["held_out_error"])["name"] in card
 
 
 def test_inspect_finds_the_pattern_in_what_prune_wrote(pruned):
