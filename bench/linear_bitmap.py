@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import linear
 
 from sparsekern.formats import Bitmap
+from sparsekern.measure import machine
 from sparsekern.ops import linear_bitmap, stream_read
 from sparsekern.ops.kernel import pick
 from sparsekern.timing import alternate, arena_bytes
@@ -97,7 +98,7 @@ def main() -> None:
             + (f"{speedup['median']:.2f}x" if speedup["median"] else f"no ratio: {speedup['reason']}")
             + (f", {share['median']:.0%} of reading as many bytes" if share["median"] else "")
         )
-    print(json.dumps({"torch": torch.__version__, "rows": rows}))
+    print(json.dumps({"machine": machine(), "rows": rows}))
 
 
 if __name__ == "__main__":
