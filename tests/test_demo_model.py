@@ -98,7 +98,7 @@ def test_held_out_perplexity_is_flat_where_the_learning_rate_falls_and_at_the_en
     curve = {row["step"]: row["heldout_perplexity"] for row in facts["curve"]}
     steps = facts["steps"]
     decay = steps - round(steps * facts["recipe"]["decay_fraction"])
-    # a tenth of the steps before the decay bought less than a twentieth; the decay is what still lowers it
+    # at the constant rate, a tenth of all steps lowered it by less than a tenth; the decay is what ends it
     assert curve[decay - 600] < 1.10 * curve[decay]
     assert curve[steps] == min(curve.values())
     assert curve[steps - 100] < 1.01 * curve[steps]
