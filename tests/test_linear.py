@@ -146,6 +146,16 @@ def test_sparsify_swaps_the_blocks_and_generate_says_the_same(model):
     assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False), said)
 
 
+def test_a_swapped_model_is_one_graph(model):
+    sk.sparsify(model, plan=sk.Unmeasured())
+    ids = torch.randint(0, 61, (1, 5))
+    with torch.inference_mode():
+        logits = model(ids, use_cache=False).logits
+        # aot_eager traces as inductor does, and leaves out what takes long
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(ids, use_cache=False).logits, logits, rtol=1e-4, atol=1e-5)
+
+
 def test_densify_gives_back_the_same_bits(model):
     before = copy.deepcopy(model)
     sk.sparsify(model, plan=sk.Unmeasured())
