@@ -8,8 +8,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparsekern as sk
+from sparsekern import hf
 from sparsekern.methods import METHODS
 from sparsekern.stats import Gram
+from tests import tiny_models
 
 VOCAB = 61
 
@@ -45,6 +47,28 @@ def test_every_block_layer_is_pruned_and_nothing_else_changes(model, batches, me
     assert changed == {f"{layer.name}.weight" for layer in report.layers}
     assert "lm_head" in dict(report.skipped)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("name", tiny_models.MODELS)
+def test_every_architecture_is_pruned_to_exact_counts_and_still_runs(name):
+    model = tiny_models.make(name)
+    report = sk.prune(model, sk.SparseGPT(block_size=16), 0.5, tiny_models.batches(name))
+    layers = dict(hf.layers(model))
+    assert {row.name for row in report.layers} | {name for name, _ in report.skipped} >= set(layers)
+    for row in report.layers:
+        weight = hf.weight(layers[row.name])
+        # dead inputs lose their weights as well, and count
+        assert (weight == 0).sum() >= round(0.5 * weight.numel()), row.name
+        assert row.dead_inputs or (weight == 0).sum() == round(0.5 * weight.numel()), row.name
+        assert weight.isfinite().all()
+
+
+def test_conv1d_is_pruned_along_its_inputs():
+    model = tiny_models.make("gpt2")
+    sk.prune(model, sk.Wanda(), "2:4", tiny_models.batches("gpt2"))
+    layer = dict(hf.layers(model))["transformer.h.0.mlp.c_fc"]
+    # transformers keeps it as [in_features, out_features]
+    assert ((layer.weight.unflatten(0, (-1, 4)) != 0).sum(dim=1) == 2).all()
 
 
 def test_the_report_holds_the_errors_of_the_layers_as_they_now_are(model, batches):
