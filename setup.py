@@ -192,7 +192,7 @@ def build_cuda(build: Path) -> tuple[Path, dict]:
     compiler = nvcc()
     flags = ["-O3", "-std=c++17", *cuda_targets(compiler), "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
     rules = {
-        "compiler": shlex.join([compiler, "-ccbin", *cxx()[-1:]]),
+        "compiler": shlex.join([compiler, "-ccbin", [word for word in cxx() if not word.startswith("-")][-1]]),
         "cflags": shlex.join([*flags, *headers(build.parent)]),
         "ldflags": "-cudart=static -Xlinker=--exclude-libs,ALL",
     }

@@ -1,6 +1,7 @@
 """SparseLinear: a drop-in for nn.Linear whose weight is packed; sparsify() and densify() swap a whole model."""
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
@@ -82,7 +83,10 @@ class SparseLinear(nn.Module):
         if self.bias is not None:
             self.bias = fn(self.bias)
         packed = self.format(**{**vars(packed), **moved})
+        before = self.kernel.name
         self._adopt(packed, pick(LINEAR_KERNELS[self.format], packed))
+        if self.kernel.name == "reference" != before:
+            warnings.warn(f"only the reference serves {packed.dtype} on {packed.device}, and it is slow", stacklevel=2)
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -97,7 +101,10 @@ class SparseLinear(nn.Module):
             errors.append(f"{prefix}weight: expected {[self.out_features, self.in_features]}, got {list(weight.shape)}")
         else:
             own = self.packed
-            self._adopt(self.format.pack(weight.to(own.device, own.dtype)), self.kernel)
+            try:
+                self._adopt(self.format.pack(weight.to(own.device, own.dtype)), self.kernel)
+            except ValueError as error:
+                errors.append(f"{prefix}weight: {error}")
         rest = {key: value for key, value in state_dict.items() if key != prefix + "weight"}
         super()._load_from_state_dict(rest, prefix, metadata, strict, missing, unexpected, errors)
 
@@ -116,7 +123,7 @@ class SwapReport:
 
     def __str__(self) -> str:
         lines = [f"{len(self.swapped)} layers swapped, {len(self.dense)} stay dense"]
-        if self.swapped:
+        if self.packed_bytes:
             saved = self.dense_bytes / self.packed_bytes
             lines.append(
                 f"  swapped weights: {self.dense_bytes:,} -> {self.packed_bytes:,} bytes ({saved:.2f}x smaller)"
@@ -135,65 +142,89 @@ def sparsify(
 ) -> SwapReport:
     """Swap the nn.Linear layers of `model` for SparseLinear, in place, where a sparse kernel wins.
 
-    tokens  a sparse kernel must be faster than torch's linear at each of these numbers of tokens
+    tokens  a sparse kernel must be faster than torch's linear at each of these numbers of tokens, one at least
     plan    what decides, with its measurements; None measures each kind of layer once, now, on this machine.
             Unmeasured() swaps every layer that a format can hold
-    skip    names of layers to leave, with wildcards; tied weights are never swapped
+    skip    layers to leave, by their full name or the last part of it, with wildcards; tied weights are never swapped
 
-    A layer stays dense when no format makes it smaller or no kernel is faster; the report says why for each.
+    A layer stays dense when no kernel is faster, or when hooks hang on it; the report says why for each. Raises
+    ValueError for a model that is itself one layer, for no tokens, and for a weight on the meta device, before anything
+    is swapped.
     """
-    if reason := compiled.why_not("cpu"):
-        warnings.warn(f"sparsekern._cpu is missing, so the reference ops serve on a CPU: {reason}", stacklevel=2)
     plan, tokens, skip = plan or Plan.for_model(model), tuple(tokens), tuple(skip)
-    report = SwapReport()
-    shared = _shared_weights(model)
-    layers = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
+    if not tokens or min(tokens) < 1:
+        raise ValueError(f"tokens must be one or more positive numbers, got {list(tokens)}")
+    if type(model) is nn.Linear:
+        raise ValueError("model is one nn.Linear and cannot be swapped in itself; use SparseLinear.from_linear(model)")
+    # a module that stands in two places is listed twice, so that both get the same one
+    layers = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if type(m) is nn.Linear]
     for name, linear in layers:
-        reason = None
-        if any(fnmatch(name, glob) for glob in skip):
-            reason = "skipped by name"
-        elif linear.weight.data_ptr() in shared:
-            reason = "its weight is tied"
-        elif linear.weight.is_meta:
+        if linear.weight.is_meta:
             raise ValueError(
                 f"{name}: weight is on the meta device; load the model without offloading (device_map=None)"
             )
-        if reason is None:
-            swapped, reason = _swap(linear, plan, tokens, name)
-        else:
-            swapped = None
+    if reason := compiled.why_not("cpu"):
+        warnings.warn(f"sparsekern._cpu is missing, so the reference ops serve on a CPU: {reason}", stacklevel=2)
+
+    report, shared = SwapReport(), _shared_weights(model)
+    done: dict[int, tuple[SparseLinear | None, str]] = {}
+    for name, linear in layers:
+        if id(linear) not in done:
+            left = _left_dense(name, linear, skip, shared)
+            done[id(linear)] = (None, left) if left else _swap(linear, plan, tokens)
+            if (first := done[id(linear)][0]) is not None:
+                report.dense_bytes += linear.weight.nbytes
+                report.packed_bytes += first.nbytes
+        swapped, reason = done[id(linear)]
         if swapped is None:
             report.dense.append((name, reason))
             continue
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, swapped)
-        report.swapped.append(
-            {"name": name, "format": swapped.format.name, "kernel": swapped.kernel.name, "reason": reason}
-        )
-        report.dense_bytes += linear.weight.nbytes
-        report.packed_bytes += swapped.nbytes
+        _replace(model, name, swapped)
+        kernel = {"format": swapped.format.name, "kernel": swapped.kernel.name}
+        report.swapped.append({"name": name, **kernel, "reason": reason})
     return report
 
 
 def densify(model: nn.Module) -> None:
-    """Swap every SparseLinear of `model` back for nn.Linear with the same bits, in place."""
-    for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, SparseLinear)]:
-        weight = module.weight
-        linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        if module.bias is not None:
-            linear.bias = nn.Parameter(module.bias, requires_grad=False)
-        linear.train(module.training)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, linear)
+    """Swap every SparseLinear of `model` back for nn.Linear with the same bits, in place; they require no gradient.
+
+    Raises ValueError for a model that is itself one SparseLinear.
+    """
+    if isinstance(model, SparseLinear):
+        raise ValueError("model is one SparseLinear and cannot be swapped in itself; its `weight` is the dense one")
+    done: dict[int, nn.Linear] = {}
+    layers = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, SparseLinear)]
+    for name, module in layers:
+        if id(module) not in done:
+            linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            linear.weight = nn.Parameter(module.weight, requires_grad=False)
+            if module.bias is not None:
+                linear.bias = nn.Parameter(module.bias, requires_grad=False)
+            done[id(module)] = linear.train(module.training)
+        _replace(model, name, done[id(module)])
 
 
-def _swap(
-    linear: nn.Linear, plan: Plan | Unmeasured, tokens: tuple[int, ...], name: str
-) -> tuple[SparseLinear | None, str]:
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _left_dense(name: str, linear: nn.Linear, skip: tuple[str, ...], shared: set[int]) -> str | None:
+    """Why `linear` is not even tried, or None."""
+    last = name.rpartition(".")[2]
+    if any(fnmatch(name, glob) or fnmatch(last, glob) for glob in skip):
+        return "skipped by name"
+    if id(linear.weight) in shared:
+        return "its weight is tied"
+    if linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear):
+        return "it has forward hooks, or its forward was replaced"
+    return None
+
+
+def _swap(linear: nn.Linear, plan: Plan | Unmeasured, tokens: tuple[int, ...]) -> tuple[SparseLinear | None, str]:
     """The best SparseLinear for `linear`, or None, and the reason for either."""
     weight = linear.weight.detach()
-    reasons = []
+    reasons, last_resort = [], None
     for format in (SemiStructured, Bitmap):
         try:
             packed = format.pack(weight)
@@ -201,22 +232,31 @@ def _swap(
             reasons.append(f"{format.name}: {error}")
             continue
         decision = plan.decide(packed, weight, tokens)
-        if decision.kernel is not None:
-            kernel = next(k for k in LINEAR_KERNELS[format] if k.name == decision.kernel)
-            swapped = SparseLinear(packed, linear.bias, kernel)
-            swapped.train(linear.training)
+        if decision.kernel is None:
+            reasons.append(f"{format.name}: {decision.reason}")
+            continue
+        kernel = next(k for k in LINEAR_KERNELS[format] if k.name == decision.kernel)
+        swapped = SparseLinear(packed, linear.bias, kernel).train(linear.training)
+        if kernel.name != "reference":
             return swapped, decision.reason
-        reasons.append(f"{format.name}: {decision.reason}")
-    return None, "; ".join(reasons)
+        # another format may have a compiled kernel
+        last_resort = last_resort or (swapped, decision.reason)
+    return last_resort or (None, "; ".join(reasons))
 
 
 def _shared_weights(model: nn.Module) -> set[int]:
-    """Addresses of the weights that more than one module uses."""
-    seen, shared = set(), set()
-    for _, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            address = parameter.data_ptr()
-            (shared if address in seen else seen).add(address)
+    """ids of the parameters that more than one module uses, or whose memory overlaps another's."""
+    users = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    shared = {parameter for parameter, count in users.items() if count > 1}
+    # what is empty or on the meta device has no address
+    placed = [p for p in model.parameters() if p.data_ptr()]
+    spans = sorted((str(p.device), p.data_ptr(), p.data_ptr() + p.nbytes, id(p)) for p in placed)
+    device, end, owner = "", 0, 0
+    for here, start, stop, parameter in spans:
+        if here == device and start < end:
+            shared |= {owner, parameter}
+        if here != device or stop > end:
+            device, end, owner = here, stop, parameter
     return shared
 
 

@@ -1,6 +1,7 @@
 """SparseLinear: the same outputs, the same bits back, and a model that goes on working with it."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -156,6 +157,79 @@ def test_a_swapped_model_is_one_graph(model):
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, logits, rtol=1e-4, atol=1e-5)
 
 
+def test_a_layer_in_two_places_stays_one_layer():
+    linear = pruned_linear(100, 100)
+    model = nn.Sequential(linear, nn.ReLU(), linear)
+    report = sk.sparsify(model, plan=sk.Unmeasured())
+    assert isinstance(model[0], sk.SparseLinear)
+    assert model[0] is model[2]
+    assert len(report.swapped) == 2
+    assert report.packed_bytes == model[0].nbytes
+    sk.densify(model)
+    assert type(model[0]) is nn.Linear
+    assert model[0] is model[2]
+
+
+def test_a_head_is_left_dense_whatever_holds_it():
+    model = nn.ModuleDict({"language_model": nn.ModuleDict({"lm_head": pruned_linear(), "up": pruned_linear()})})
+    report = sk.sparsify(model, plan=sk.Unmeasured())
+    assert report.dense == [("language_model.lm_head", "skipped by name")]
+    assert [row["name"] for row in report.swapped] == ["language_model.up"]
+
+
+def test_a_weight_that_lies_in_anothers_memory_is_tied():
+    model = nn.Sequential(nn.Embedding(64, 100), pruned_linear(32, 100))
+    model[1].weight = nn.Parameter(model[0].weight.detach()[32:])
+    assert sk.sparsify(model, plan=sk.Unmeasured()).dense == [("1", "its weight is tied")]
+
+
+def test_a_layer_with_a_hook_stays_dense():
+    model = nn.Sequential(pruned_linear())
+    model[0].register_forward_hook(lambda module, args, output: output * 0)
+    assert "forward hooks" in dict(sk.sparsify(model, plan=sk.Unmeasured()).dense)["0"]
+
+
+def test_a_24_weight_without_a_kernel_of_its_own_goes_to_one_that_is_compiled():
+    model = nn.Sequential(pruned_linear())
+    (row,) = sk.sparsify(model, plan=sk.Unmeasured()).swapped
+    if row["kernel"] == "reference":
+        pytest.skip(f"no compiled kernel: {compiled.why_not('cpu')}")
+    assert (row["format"], row["kernel"]) == ("bitmap", "cpu")
+
+
+def test_a_gradient_is_an_error_and_not_silence():
+    sparse = sk.SparseLinear.from_linear(pruned_linear(), Bitmap)
+    if sparse.kernel.name == "reference":
+        pytest.skip(f"no compiled kernel: {compiled.why_not('cpu')}")
+    x = torch.randn(3, 100, requires_grad=True)
+    with pytest.raises(RuntimeError, match="passes no gradient on"):
+        sparse(x).sum().backward()
+
+
+@FORMATS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_pickled_layer_comes_back(format, dtype):
+    sparse = sk.SparseLinear.from_linear(pruned_linear(dtype=dtype), format)
+    assert torch.equal(pickle.loads(pickle.dumps(sparse)).weight, sparse.weight)
+
+
+@pytest.mark.parametrize("size", [1e-39, 3e38], ids=["subnormal", "overflowing"])
+@DTYPES
+def test_weights_at_the_ends_of_the_range_are_no_kernel_fault(size, dtype):
+    linear = pruned_linear(64, 64, dtype, bias=False)
+    linear.weight.data.copy_(linear.weight.sign() * size)
+    sk.sparsify(nn.Sequential(linear))
+
+
+def test_one_layer_alone_or_no_tokens_are_refused(model):
+    with pytest.raises(ValueError, match="model is one nn.Linear"):
+        sk.sparsify(pruned_linear())
+    with pytest.raises(ValueError, match="model is one SparseLinear"):
+        sk.densify(sk.SparseLinear.from_linear(pruned_linear()))
+    with pytest.raises(ValueError, match=r"tokens must be one or more positive numbers, got \[\]"):
+        sk.sparsify(model, tokens=())
+
+
 def test_densify_gives_back_the_same_bits(model):
     before = copy.deepcopy(model)
     sk.sparsify(model, plan=sk.Unmeasured())
@@ -205,7 +279,8 @@ def test_a_missing_compiled_module_is_warned_of_with_the_reason(model, monkeypat
         sk.sparsify(model, plan=sk.Unmeasured())
 
 
-def test_a_meta_weight_is_refused_with_its_name(model):
-    model.model.layers[0].mlp.up_proj.to("meta")
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.up_proj: weight is on the meta device"):
-        sk.sparsify(model)
+def test_a_meta_weight_is_refused_with_its_name_before_anything_is_swapped(model):
+    model.model.layers[1].mlp.up_proj.to("meta")
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj: weight is on the meta device"):
+        sk.sparsify(model, plan=sk.Unmeasured())
+    assert not [module for module in model.modules() if isinstance(module, sk.SparseLinear)]

@@ -45,9 +45,9 @@ class SemiStructured:
         kept = (groups == 0).to(torch.uint8).sort(dim=2, stable=True).indices[..., :2].sort(dim=2).values
         values = groups.gather(2, kept) + 0.0
         bits = kept[..., 0] | kept[..., 1] << 2
-        words = torch.nn.functional.pad(bits, (0, -bits.shape[1] % 4), value=0b0100).view(out_features, -1, 4)
+        words = torch.nn.functional.pad(bits, (0, -bits.shape[1] % 4), value=0b0100).unflatten(1, (-1, 4))
         metadata = (words << torch.tensor([0, 4, 8, 12], device=weight.device)).sum(dim=2)
-        return cls(values.reshape(out_features, -1), _as_int16(metadata), in_features)
+        return cls(values.flatten(1), _as_int16(metadata), in_features)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -71,7 +71,7 @@ class SemiStructured:
         bits = self._groups()
         positions = torch.stack([bits & 3, bits >> 2], dim=2)
         dense = self.values.new_zeros(out_features, in_features // 4, 4)
-        return dense.scatter(2, positions, self.values.view(out_features, -1, 2)).view(out_features, in_features)
+        return dense.scatter(2, positions, self.values.unflatten(1, (-1, 2))).flatten(1)
 
     def validate(self) -> None:
         """Raises ValueError when the tensors cannot be a 2:4 weight: sizes, dtypes, positions."""

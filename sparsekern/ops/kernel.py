@@ -22,6 +22,10 @@ class Kernel:
     restore: Callable[..., Any] | None = None
 
 
+def never_refuses(*_: Any) -> None:
+    """The `refuses` of a kernel that serves everything: a function with a name, so that its kernel can be pickled."""
+
+
 def pick(kernels: tuple[Kernel, ...], *args: Any) -> Kernel:
     """The first kernel that does not refuse `args`: the tuple's order is the preference.
 

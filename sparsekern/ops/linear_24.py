@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from sparsekern.formats import SemiStructured
-from sparsekern.ops.kernel import Kernel
+from sparsekern.ops.kernel import Kernel, never_refuses
 
 
 def reference(x: Tensor, packed: SemiStructured, bias: Tensor | None) -> Tensor:
@@ -33,4 +33,4 @@ def _run(x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, out_featu
     return reference(x, _restore(operands, out_features, in_features), bias)
 
 
-KERNELS = (Kernel("reference", _run, lambda packed: None, _prepare, _restore),)
+KERNELS = (Kernel("reference", _run, never_refuses, _prepare, _restore),)

@@ -12,7 +12,8 @@ The compiled kernels read the weight in panels of 16 outputs, cut into blocks of
 
 The CUDA kernel reads the format as it is saved.
 
-NaN and inf in x reach every output, as in the dense product.
+NaN and inf in x reach every output, as in the dense product. On a processor with AVX512_BF16 subnormal weights and
+inputs count as zero. No gradient passes: backward is an error.
 """
 
 import torch
@@ -21,7 +22,7 @@ from torch.nn.functional import linear, pad
 
 from sparsekern.formats.bitmap import Bitmap, pack_bits, unpack_bits
 from sparsekern.ops import compiled
-from sparsekern.ops.kernel import Kernel
+from sparsekern.ops.kernel import Kernel, never_refuses
 
 PANEL_ROWS = 16
 BLOCK_INPUTS = 32
@@ -200,6 +201,13 @@ _LIBRARY.impl("linear_bitmap_cpu", _linear_bitmap_cpu, "CPU")
 torch.library.register_fake("sparsekern::linear_bitmap_cpu", _linear_bitmap_fake, lib=_LIBRARY)
 
 
+def _refuse_gradient(*_: object) -> None:
+    raise RuntimeError("a sparse linear layer passes no gradient on: it is for inference; densify(model) to train")
+
+
+torch.library.register_autograd("sparsekern::linear_bitmap_cpu", _refuse_gradient, lib=_LIBRARY)
+
+
 def _run_cpu(
     x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, out_features: int, in_features: int
 ) -> Tensor:
@@ -258,6 +266,7 @@ _LIBRARY.define(
 )
 _LIBRARY.impl("linear_bitmap_cuda", _linear_bitmap_cuda, "CUDA")
 torch.library.register_fake("sparsekern::linear_bitmap_cuda", _linear_bitmap_cuda_fake, lib=_LIBRARY)
+torch.library.register_autograd("sparsekern::linear_bitmap_cuda", _refuse_gradient, lib=_LIBRARY)
 
 
 def _run_cuda(
@@ -294,5 +303,5 @@ def _run_reference(
 KERNELS = (
     Kernel("cpu", _run_cpu, _cpu_refuses, to_panels, from_panels),
     Kernel("cuda", _run_cuda, _cuda_refuses, _as_saved, _from_saved),
-    Kernel("reference", _run_reference, lambda packed: None, _as_saved, _from_saved),
+    Kernel("reference", _run_reference, never_refuses, _as_saved, _from_saved),
 )
