@@ -14,7 +14,7 @@ bit.
 import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -98,7 +98,7 @@ class Walk:
             args, kwargs = self._batch(0)
             self._model(*args, **kwargs)
         if not ran:
-            raise TypeError(f"{type(self._model).__name__} calls none of its blocks on the first batch")
+            raise hf.UnknownModelError(f"{type(self._model).__name__} calls none of its blocks on the first batch")
         return list(ran.values())
 
     def _why_not_replay(self, traces: "list[_Trace]") -> str | None:
@@ -125,11 +125,11 @@ class Walk:
 
     def _collect(self, trace: "_Trace", done: "list[_Block]", outputs: dict) -> dict[str, Any]:
         """The statistics of one block's layers by name, from all batches; without the layers that no token reached."""
-        try:
+        # left before the second try: the exception holds the statistics of the first
+        with suppress(_LayersPartedError):
             return self._gather(trace, trace.leaders(), done, outputs)
-        except _LayersPartedError:
-            # a later batch took another way through the block: then nobody shares
-            return self._gather(trace, {name: name for name in trace.block.layers}, done, outputs)
+        # a later batch took another way through the block: then nobody shares
+        return self._gather(trace, {name: name for name in trace.block.layers}, done, outputs)
 
     def _gather(self, trace: "_Trace", leaders: dict[str, str], done: "list[_Block]", outputs: dict) -> dict[str, Any]:
         """leaders: for each layer the one whose statistics it shares, perhaps its own."""

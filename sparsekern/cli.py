@@ -43,7 +43,7 @@ class _Commands(TyperGroup):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, hf.UnknownModelError, torch.linalg.LinAlgError) as error:
             Console(stderr=True, soft_wrap=True).print("error:", str(error), style="red", markup=False, highlight=False)
             sys.exit(BAD_INPUT)
 
@@ -83,33 +83,35 @@ def prune(
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     settings, wanted = METHODS[method](), as_pattern(pattern)
-    if output.exists():
+    if output.exists() or output.is_symlink():
         raise FileExistsError(f"{str(output)!r} exists already; remove it or choose another directory")
+    if (above := next(parent for parent in output.absolute().parents if parent.exists())).is_file():
+        raise NotADirectoryError(f"{str(output)!r} cannot be made: {str(above)!r} is a file")
     if calibration is None and settings.needs is not None:
         raise ValueError(f"method {method} needs --calibration: a text file or a dataset name")
     source = _load(model, dtype)
-    if dry_run:
-        planned = preview(source, wanted, skip or [])
-        _print(planned.to_json(), as_json, lambda _: [str(planned), "nothing was written"])
-        return
-
     tokenizer, seqlen = hf.tokenizer(model), _window(source, seqlen)
     batches = None
     if calibration is not None:
         batches = text.windows(_tokens(tokenizer, calibration), seqlen, samples, seed)
     test = _tokens(tokenizer, heldout) if heldout is not None else None
+    if dry_run:
+        planned = preview(source, wanted, skip or [])
+        _print(planned.to_json(), as_json, lambda _: [str(planned), "nothing was written"])
+        return
+
     perplexity = {"before": _perplexity(source, test, seqlen, "dense perplexity")} if heldout is not None else None
     report = prune_model(source, settings, wanted, batches, skip=skip or [], progress=not as_json)
     if perplexity is not None:
         perplexity["after"] = _perplexity(source, test, seqlen, "pruned perplexity")
 
-    described = f"{samples} windows of {seqlen} tokens of {Path(calibration).name}, seed {seed}" if batches else "none"
+    described = f"{samples} windows of {seqlen} tokens of {_name(calibration)}, seed {seed}" if batches else "none"
     facts = _provenance(model)
     command = shlex.join(["sparsekern", *sys.argv[1:]])
     figures = None if perplexity is None else {name: value.to_json() for name, value in perplexity.items()}
     result = {"command": command, **facts, "calibration": described, "perplexity": figures, "report": report.to_json()}
     files = {
-        "README.md": model_card(Path(model).name, command, report, described, perplexity, facts),
+        "README.md": model_card(_name(model), command, report, described, perplexity, facts),
         "sparsekern.json": json.dumps(result, indent=1),
     }
     hf.save(source, tokenizer, output, files)
@@ -218,10 +220,12 @@ def demo(
     as_json: AsJson = False,
 ):
     """Prune the model that ships with the package, swap it, and time layers of a real size; no network needed."""
-    output.mkdir(parents=True, exist_ok=True)
+    if speed_seconds <= 0 or (windows is not None and windows < 1):
+        raise ValueError(f"speed-seconds and windows must be positive, got {speed_seconds} and {windows}")
     hf.quiet()
     with _bar("load") as update:
         result = demo_run.run(lambda what, done, all: update(done, all, what), speed_seconds, windows)
+    output.mkdir(parents=True, exist_ok=True)
     (output / "demo.json").write_text(json.dumps(result.to_json(), indent=1))
     demo_run.plot(result, output / "demo.png")
     _print(result.to_json(), as_json, lambda _: [*result.tables(), f"wrote {output}/demo.json and {output}/demo.png"])
@@ -267,6 +271,8 @@ def _window(model, seqlen: int | None) -> int:
     positions = hf.positions(model)
     if seqlen is not None and positions is not None and seqlen > positions:
         raise ValueError(f"seqlen must be at most the model's {positions} positions, got {seqlen}")
+    if seqlen is not None and seqlen < 2:
+        raise ValueError(f"seqlen must be at least 2, got {seqlen}")
     return seqlen or min(SEQLEN, positions or SEQLEN)
 
 
@@ -287,8 +293,15 @@ def _perplexity(model, tokens, seqlen: int, description: str) -> Perplexity:
         return measure_perplexity(model, tokens, seqlen, update)
 
 
+def _name(source: str) -> str:
+    """What a card calls a model or a text: a local one by its last part, no paths of this machine."""
+    path = Path(source).expanduser()
+    return path.resolve().name if path.exists() else source
+
+
 def _provenance(model: str) -> dict[str, Any]:
     """What a reader needs to do the same again: versions and the hashes of the dense model's files."""
     facts = {name: version for name, version in doctor_facts.libraries().items() if version}
-    hashes = hf.fingerprint(model) if Path(model).is_dir() else {}
+    directory = Path(model).expanduser()
+    hashes = hf.fingerprint(directory) if directory.is_dir() else {}
     return {**facts, **{f"sha256 of the dense {name}": digest for name, digest in hashes.items()}}

@@ -20,7 +20,13 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 TOKENIZER_FILES = ("*token*", "vocab*", "*.model")
+# what transformers raises on a config.json that makes no sense
+BROKEN_CONFIG = (KeyError, TypeError, AttributeError, ArithmeticError)
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class UnknownModelError(TypeError):
+    """A model that has no blocks we can find, or does not run those we found."""
 
 
 def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -30,7 +36,9 @@ def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """
     found = {id(block): (name, block) for name, block in reversed(list(_blocks_below(model, "")))}
     if not found:
-        raise TypeError(f"{type(model).__name__} has no blocks: no nn.ModuleList whose elements hold linear layers")
+        raise UnknownModelError(
+            f"{type(model).__name__} has no blocks: no nn.ModuleList whose elements hold linear layers"
+        )
     return list(reversed(found.values()))
 
 
@@ -94,7 +102,7 @@ def load(
         model, found = _model_class(config, trust_remote_code).from_pretrained(
             source, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **hub
         )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except (*BROKEN_CONFIG, OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ValueError(_in_one_line("model", path_or_name, error)) from error
     if lost := sorted(found["missing_keys"]) + [str(key) for key in sorted(found["mismatched_keys"])]:
         # transformers would go on with random numbers in their place
@@ -132,19 +140,20 @@ def save(model: nn.Module, tokenizer, directory: str | Path, files: Mapping[str,
     _refuse_existing(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     # beside the target: a rename must not cross file systems
-    unfinished = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
+    hidden = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
+    # mkdtemp's own directory is closed to everybody else, one made inside it is not
+    unfinished = hidden / directory.name
     try:
+        unfinished.mkdir()
         model.save_pretrained(unfinished)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
         for name, content in files.items():
             (unfinished / name).write_text(content, encoding="utf-8")
-        # mkdtemp's directory is closed to everybody else
-        unfinished.chmod(directory.parent.stat().st_mode & 0o777)
         _refuse_existing(directory)
         os.rename(unfinished, directory)
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def fingerprint(directory: str | Path) -> dict[str, str]:

@@ -231,6 +231,9 @@ def _swap(linear: nn.Linear, plan: Plan | Unmeasured, tokens: tuple[int, ...]) -
         except ValueError as error:
             reasons.append(f"{format.name}: {error}")
             continue
+        if packed.nbytes >= weight.nbytes:
+            reasons.append(f"{format.name}: packed it would take {packed.nbytes:,} bytes, dense {weight.nbytes:,}")
+            continue
         decision = plan.decide(packed, weight, tokens)
         if decision.kernel is None:
             reasons.append(f"{format.name}: {decision.reason}")

@@ -279,6 +279,10 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
     """Logits [tokens, vocabulary] of one sequence ids [tokens]."""
     cache = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
     out = model(ids[None], **cache)
+    if not isinstance(out, Tensor) and not hasattr(out, "logits"):
+        raise ValueError(
+            f"{type(model).__name__} puts out no logits; perplexity and decode need a causal language model"
+        )
     return (out if isinstance(out, Tensor) else out.logits)[0]
 
 

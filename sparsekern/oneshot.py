@@ -119,7 +119,9 @@ def prune(
             del stats
     if walk is not None:
         report.calibration = walk.how + (f": {walk.why}" if walk.why else "")
-        report.skipped += [(name, "never called on the calibration batches") for name in walk.never_called]
+        report.skipped += [
+            (name, "never called on the calibration batches") for name in walk.never_called if name in names
+        ]
     report.seconds = time.perf_counter() - started
     return report
 
@@ -131,10 +133,13 @@ def select(
 
     Raises ValueError as prune() does.
     """
-    skip = tuple(skip)
+    skip = (skip,) if isinstance(skip, str) else tuple(skip)
     layers, left = [], []
     for name, layer in hf.layers(model):
         (left if any(fnmatch(name, glob) for glob in skip) else layers).append((name, layer))
+    for glob in skip:
+        if not any(fnmatch(name, glob) for name, _ in left):
+            raise ValueError(f"skip {glob!r} names no layer; the first one is {(left + layers)[0][0]}")
     if not layers:
         raise ValueError(f"{type(model).__name__} has no layer left to prune: {len(left)} skipped by name")
     for name, layer in layers:
@@ -162,6 +167,8 @@ def _prune_layer(name: str, layer: nn.Module, stats: Any, method: Any, pattern: 
         # the model's dtype rounds what the method found: the report is about what the layer now holds; + 0.0 turns
         # -0.0, which a packed format would take for a zero with a sign, into 0.0
         pruned = method.prune(weight, stats, pattern).to(weight.dtype) + 0.0
+        if not pruned.isfinite().all():
+            raise ValueError(f"the repaired weight overflows {weight.dtype}; load the model in bfloat16 or float32")
     except (ValueError, RuntimeError) as error:
         raise type(error)(f"{name}: {error}") from error
     measured = _errors(weight, pruned, stats)

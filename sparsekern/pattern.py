@@ -35,7 +35,7 @@ class Unstructured:
             raise ValueError(f'scope must be "row", "block" or "layer", got {self.scope!r}')
 
     def __str__(self) -> str:
-        return f"{self.sparsity:.1%}".replace(".0%", "%")
+        return f"{100 * self.sparsity:g}%"
 
     def with_scope(self, scope: Scope) -> "Unstructured":
         """This pattern, with `scope` where it named none."""

@@ -53,12 +53,15 @@ def preview(model: nn.Module, pattern: Pattern, skip: Iterable[str] = ()) -> Pre
     """Raises ValueError where prune() would."""
     layers, skipped = select(model, pattern, skip)
     weights = {name: hf.weight(layer) for name, layer in layers}
-    dense = sum(weight.nbytes for weight in weights.values())
+    # transformers' Conv1D is pruned, and no SparseLinear takes its place
+    packable = [hf.weight(layer) for _, layer in layers if type(layer) is nn.Linear]
+    dense = sum(weight.nbytes for weight in packable)
     # the kept values and one bit a weight (formats/bitmap.py; the row offsets do not show)
-    packed = sum(weight.nbytes * (1 - pattern.sparsity) + weight.numel() / 8 for weight in weights.values())
+    packed = sum(weight.nbytes * (1 - pattern.sparsity) + weight.numel() / 8 for weight in packable)
     # two float32 matrices an input: the calibration tokens' and the held-out ones'
+    every = {name: hf.weight(layer) for name, layer in hf.layers(model)}
     statistics = max(
-        sum(2 * 4 * weight.shape[1] ** 2 for name, weight in weights.items() if name.startswith(f"{block}."))
+        sum(2 * 4 * weight.shape[1] ** 2 for name, weight in every.items() if name.startswith(f"{block}."))
         for block, _ in hf.blocks(model)
     )
     size = weight_bytes(model)
@@ -68,5 +71,5 @@ def preview(model: nn.Module, pattern: Pattern, skip: Iterable[str] = ()) -> Pre
         statistics_bytes=statistics,
         output_bytes=size,
         packed_bytes=round(size - dense + packed),
-        decode_ceiling=dense / packed,
+        decode_ceiling=dense / packed if packed else 1.0,
     )

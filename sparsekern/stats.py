@@ -13,7 +13,7 @@ HELD_OUT_PARTS = 8
 class InputNorm:
     """How strong each input is: the l2 norm of every column of X (Wanda, https://arxiv.org/abs/2306.11695).
 
-    `norm` [in_features] float32 over all tokens seen, `tokens` their number.
+    `norm` [in_features] float32 over the tokens that are not held out, `tokens` their number.
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu"):
@@ -23,8 +23,9 @@ class InputNorm:
     def add(self, x: Tensor) -> None:
         """Count the tokens x [tokens, in_features] in. Raises ValueError on NaN or inf."""
         _refuse_not_finite(x)
-        self._squares += x.float().square().sum(dim=0)
-        self.tokens += len(x)
+        seen, _ = _split(x)
+        self._squares += seen.square().sum(dim=0)
+        self.tokens += len(seen)
 
     @property
     def norm(self) -> Tensor:
@@ -49,9 +50,7 @@ class Gram:
         """Count the tokens x [tokens, in_features] in. Raises ValueError on NaN or inf."""
         _refuse_not_finite(x)
         self._factors.clear()
-        solve = len(x) - len(x) // HELD_OUT_PARTS
-        # x^T x in half precision overflows at activations that real models have
-        seen, unseen = x[:solve].float(), x[solve:].float()
+        seen, unseen = _split(x)
         self._sum.addmm_(seen.T, seen)
         self._held_out_sum.addmm_(unseen.T, unseen)
         self.tokens += len(seen)
@@ -63,7 +62,7 @@ class Gram:
 
     @property
     def norm(self) -> Tensor:
-        """What InputNorm holds, over the tokens that are not held out."""
+        """What InputNorm holds."""
         return self._sum.diagonal().sqrt()
 
     @property
@@ -90,7 +89,7 @@ class Gram:
         When the damped H is not positive definite the damping grows tenfold, up to 1; the value used is returned so
         that a report can show it. Layers that share an input share the result.
 
-        Raises RuntimeError when no damping up to 1 suffices.
+        Raises LinAlgError, a RuntimeError, when no damping up to 1 suffices.
         """
         if damping not in self._factors:
             self._factors[damping] = self._factor(damping)
@@ -115,7 +114,13 @@ class Gram:
                 return torch.linalg.solve_triangular(r, identity, upper=True).contiguous(), used
             used = max(used * 10, 1e-4)
             if used > 1:
-                raise RuntimeError(f"Hessian is not positive definite at damping 1 (asked: {damping})")
+                raise torch.linalg.LinAlgError(f"Hessian is not positive definite at damping 1 (asked: {damping})")
+
+
+def _split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens to solve with and those held out, in float32: x^T x overflows half precision in real models."""
+    seen = len(x) - len(x) // HELD_OUT_PARTS
+    return x[:seen].float(), x[seen:].float()
 
 
 def _relative_error(second_moment: Tensor, weight: Tensor, pruned: Tensor) -> float:

@@ -8,6 +8,21 @@ from sparsekern import hf
 from sparsekern.stats import Gram
 
 
+class EveryToken:
+    """A statistic that holds nothing out, to count what reaches it."""
+
+    def __init__(self, in_features, device="cpu"):
+        self.tokens, self._squares = 0, torch.zeros(in_features, device=device)
+
+    def add(self, x):
+        self.tokens += len(x)
+        self._squares += x.float().square().sum(dim=0)
+
+    @property
+    def norm(self):
+        return self._squares.sqrt()
+
+
 @torch.no_grad()
 def plain_statistics(model, batches, layers, statistic=Gram):
     """The statistics by name of what `layers` read while the model runs over the batches."""

@@ -11,7 +11,7 @@ from sparsekern import hf
 from sparsekern.calibrate import Walk
 from sparsekern.stats import Gram, InputNorm
 from tests import tiny_models
-from tests.plain_statistics import assert_same_gram, halve, plain_statistics
+from tests.plain_statistics import EveryToken, assert_same_gram, halve, plain_statistics
 
 # what replay cannot do, and how the walk puts it
 PREFIX = {"gemma3n": "does not get its inputs when replayed", "albert": "runs 3 times in one forward"}
@@ -99,6 +99,6 @@ def test_a_decoder_counts_its_own_tokens_and_its_cross_attention_the_encoders():
     encoder, decoder = torch.ones(2, 10, dtype=torch.long), torch.ones(2, 10, dtype=torch.long)
     encoder[0, 7:], decoder[1, 4:] = 0, 0
     batch = {"input_ids": ids, "decoder_input_ids": ids, "attention_mask": encoder, "decoder_attention_mask": decoder}
-    for name, _, stats in Walk(model, [batch], InputNorm):
+    for name, _, stats in Walk(model, [batch], EveryToken):
         reads_encoder = name.startswith("encoder") or name.endswith(("EncDecAttention.k", "EncDecAttention.v"))
         assert stats.tokens == (17 if reads_encoder else 14), name

@@ -12,7 +12,7 @@ from sparsekern import hf
 from sparsekern.calibrate import Walk
 from sparsekern.stats import Gram, InputNorm
 from tests import tiny_models
-from tests.plain_statistics import assert_same_gram, halve, plain_statistics
+from tests.plain_statistics import EveryToken, assert_same_gram, halve, plain_statistics
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def halve_all(walk):
 
 def test_a_generator_is_enough():
     model, batches = tiny_models.make("llama"), tiny_models.batches("llama")
-    for _, _, stats in Walk(model, (batch for batch in batches), InputNorm):
+    for _, _, stats in Walk(model, (batch for batch in batches), EveryToken):
         assert stats.tokens == sum(batch.numel() for batch in batches)
 
 
@@ -132,8 +132,8 @@ def test_padding_does_not_count():
     longest = max(row.shape[1] for row in rows)
     ids = torch.cat([nn.functional.pad(row, (0, longest - row.shape[1])) for row in rows])
     padded = {"input_ids": ids, "attention_mask": (ids != 0).long()}
-    want = plain_statistics(model, rows, hf.layers(model), InputNorm)
-    for name, _, stats in Walk(model, [padded], InputNorm):
+    want = plain_statistics(model, rows, hf.layers(model), EveryToken)
+    for name, _, stats in Walk(model, [padded], EveryToken):
         assert stats.tokens == want[name].tokens == (11 + 12 + 13)
         torch.testing.assert_close(stats.norm, want[name].norm, rtol=1e-4, atol=1e-5)
 
@@ -284,8 +284,8 @@ def test_a_layer_used_twice_counts_both_and_one_never_called_is_listed():
 
     torch.manual_seed(0)
     model, batches = LeavesOneOut(Twice(), Residual()), ids(5, 6)
-    walk = Walk(model, batches, InputNorm)
-    want = plain_statistics(model, batches, hf.layers(model), InputNorm)
+    walk = Walk(model, batches, EveryToken)
+    want = plain_statistics(model, batches, hf.layers(model), EveryToken)
     got = {name: stats for name, _, stats in walk}
     assert list(got) == ["blocks.0.used"]
     torch.testing.assert_close(got["blocks.0.used"].norm, want["blocks.0.used"].norm)
@@ -303,7 +303,7 @@ def test_a_layer_that_two_blocks_share_counts_what_it_reads_in_the_first():
             return self.shared(x) + self.own(x)
 
     shared = nn.Linear(8, 8)
-    got = {name: stats for name, _, stats in Walk(Blocks(Both(shared), Both(shared)), ids(5), InputNorm)}
+    got = {name: stats for name, _, stats in Walk(Blocks(Both(shared), Both(shared)), ids(5), EveryToken)}
     assert list(got) == ["blocks.0.shared", "blocks.0.own", "blocks.1.own"]
     assert got["blocks.0.shared"] is got["blocks.0.own"]
     assert got["blocks.0.shared"].tokens == 2 * 5

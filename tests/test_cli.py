@@ -126,6 +126,11 @@ BAD = {
     "nothing to inspect": (("inspect", HERE), "holds no safetensors"),
     "bench of nothing": (("bench",), "exactly one of them"),
     "unknown config": (("bench", "--config", "gpt-9"), "no shapes are known of model 'gpt-9'"),
+    "no windows": (("eval", MODEL, "--text", HELDOUT, "--seqlen", "0"), "seqlen must be at least 2, got 0"),
+    "output below a file": (("prune", MODEL, "-o", f"{TOO_SHORT}/out", "--calibration", CALIBRATION), "is a file"),
+    "dry run of a missing text": ((*PRUNE, "--calibration", f"{NOWHERE}.txt", "--dry-run"), "no such file"),
+    "skip that names nothing": ((*CALIBRATED, "--skip", "nosuch*"), "names no layer"),
+    "demo without windows": (("demo", "-o", OUT, "--windows", "0"), "must be positive"),
     "long windows": (
         ("eval", MODEL, "--text", HELDOUT, "--seqlen", "4096"),
         "at most the model's 1024 positions, got 4096",

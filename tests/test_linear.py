@@ -197,6 +197,12 @@ def test_a_24_weight_without_a_kernel_of_its_own_goes_to_one_that_is_compiled():
     assert (row["format"], row["kernel"]) == ("bitmap", "cpu")
 
 
+def test_what_packing_would_make_larger_stays_dense():
+    model = nn.Sequential(nn.Linear(64, 64))
+    reason = dict(sk.sparsify(model, plan=sk.Unmeasured()).dense)["0"]
+    assert "bitmap: packed it would take 17,416 bytes, dense 16,384" in reason
+
+
 def test_a_gradient_is_an_error_and_not_silence():
     sparse = sk.SparseLinear.from_linear(pruned_linear(), Bitmap)
     if sparse.kernel.name == "reference":

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from sparsekern.measure import LOGIT_ROWS, Report, linear_sparsity, machine, measure, perplexity, weight_bytes
@@ -23,6 +24,16 @@ class Bigram(nn.Module):
 
     def forward(self, ids):
         return SimpleNamespace(logits=self.dropout(self.table[ids]))
+
+
+def test_a_model_without_logits_is_refused_by_name():
+    model = transformers.LlamaModel(
+        transformers.LlamaConfig(
+            vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+        )
+    )
+    with pytest.raises(ValueError, match="LlamaModel puts out no logits"):
+        perplexity(model, torch.arange(9), seqlen=4)
 
 
 def test_perplexity_of_a_model_that_knows_nothing_is_the_vocabulary():

@@ -109,9 +109,7 @@ def test_magnitude_needs_no_calibration(model):
     assert report.held_out_error is None
 
 
-def test_wanda_without_errors_prunes_alike_on_the_same_tokens(model, batches):
-    # batches of seven tokens hold nothing out, so both statistics see the same
-    batches = [batch[:1, :7] for batch in batches]
+def test_wanda_prunes_the_same_weights_with_and_without_errors(model, batches):
     other = copy.deepcopy(model)
     sk.prune(model, sk.Wanda(), "2:4", batches)
     report = sk.prune(other, sk.Wanda(), "2:4", batches, errors=False)
@@ -151,6 +149,33 @@ def test_a_layer_that_m_does_not_divide_is_named_before_anything_changes(model, 
 def test_a_nan_weight_is_named_before_anything_changes(model, batches):
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
     refused(model, r"model\.layers\.1\.mlp\.up_proj: weight holds 1 NaN", sk.Wanda(), 0.5, batches)
+
+
+def test_a_skip_that_names_no_layer_is_refused(model):
+    refused(model, r"skip 'nosuch\*' names no layer", sk.Magnitude(), 0.5, skip=["nosuch*"])
+
+
+def test_one_name_to_skip_needs_no_list(model):
+    assert len(sk.prune(model, sk.Magnitude(), 0.5, skip="*.down_proj").layers) == 12
+
+
+def test_a_repair_that_overflows_the_models_dtype_is_named_and_not_written(model, batches):
+    class Huge:
+        needs = Gram
+
+        def prune(self, weight, stats, pattern):
+            return weight.float() * 1e8
+
+    model.half()
+    refused(model, r"q_proj: the repaired weight overflows torch\.float16", Huge(), 0.5, batches)
+
+
+def test_kept_weights_of_a_float64_model_keep_their_bits(model):
+    before = copy.deepcopy(model.double())
+    sk.prune(model, sk.Magnitude(), 0.5)
+    for name, layer in linears(model).items():
+        kept = layer.weight != 0
+        assert torch.equal(layer.weight[kept], linears(before)[name].weight[kept])
 
 
 def test_a_meta_weight_is_named_with_the_remedy(model):

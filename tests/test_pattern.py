@@ -75,7 +75,7 @@ def test_a_pattern_is_read_from_text_or_number(spec, pattern):
     assert as_pattern(pattern) is pattern
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "1:2", "50%", "12.5%", "0%"])
+@pytest.mark.parametrize("pattern", ["2:4", "1:2", "50%", "12.5%", "0%", "99.96%", "0.04%"])
 def test_a_pattern_prints_as_it_is_read(pattern):
     assert str(as_pattern(pattern)) == pattern
 

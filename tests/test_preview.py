@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import sparsekern as sk
 from sparsekern.preview import preview
+from tests import tiny_models
 
 
 @pytest.fixture
@@ -34,6 +35,11 @@ def test_the_ceiling_is_the_ratio_of_the_bytes(model):
     # float32: 32 bits dense, half of them and one bit for the bitmap
     assert preview(model, sk.as_pattern(0.5)).decode_ceiling == pytest.approx(32 / 17)
     assert preview(model.bfloat16(), sk.as_pattern(0.5)).decode_ceiling == pytest.approx(16 / 9)
+
+
+def test_what_cannot_be_packed_promises_nothing():
+    planned = preview(tiny_models.make("gpt2"), sk.as_pattern(0.5))
+    assert (planned.decode_ceiling, planned.packed_bytes) == (1.0, planned.output_bytes)
 
 
 def test_statistics_are_those_of_one_block(model):

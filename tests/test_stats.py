@@ -10,13 +10,16 @@ def tokens(count, in_features, seed=0):
     return torch.randn(count, in_features, generator=torch.Generator().manual_seed(seed))
 
 
-def test_input_norm_is_the_column_norm_of_all_tokens():
-    x = tokens(50, 7)
-    norm = InputNorm(7)
-    for part in x.split(13):
+def test_input_norm_is_the_column_norm_of_the_first_seven_eighths_of_each_batch_as_in_gram():
+    x = tokens(32, 7)
+    norm, gram = InputNorm(7), Gram(7)
+    for part in x.split(16):
         norm.add(part)
-    torch.testing.assert_close(norm.norm.double(), x.double().norm(dim=0), rtol=1e-6, atol=0)
-    assert norm.tokens == 50
+        gram.add(part)
+    seen = torch.cat([x[:14], x[16:30]]).double()
+    torch.testing.assert_close(norm.norm.double(), seen.norm(dim=0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(norm.norm, gram.norm, rtol=1e-6, atol=0)
+    assert norm.tokens == 28
 
 
 def test_gram_is_the_mean_outer_product_of_the_first_seven_eighths_of_each_batch():

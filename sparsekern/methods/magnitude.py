@@ -18,6 +18,5 @@ class Magnitude:
     needs: ClassVar[None] = None
 
     def prune(self, weight: Tensor, stats: object, pattern: Pattern) -> Tensor:
-        """The pruned weight [out_features, in_features] float32; `stats` is not looked at."""
-        weight = weight.float()
-        return weight.where(pattern.with_scope("layer").mask(weight.abs()), 0.0)
+        """The pruned weight [out_features, in_features] in its own dtype; `stats` is not looked at."""
+        return weight.where(pattern.with_scope("layer").mask(weight.float().abs()), 0.0)

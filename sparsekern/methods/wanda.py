@@ -21,6 +21,5 @@ class Wanda:
     needs: ClassVar[type] = InputNorm
 
     def prune(self, weight: Tensor, stats: InputNorm | Gram, pattern: Pattern) -> Tensor:
-        """The pruned weight [out_features, in_features] float32."""
-        weight = weight.float()
-        return weight.where(pattern.with_scope("row").mask(weight.abs() * stats.norm), 0.0)
+        """The pruned weight [out_features, in_features] in its own dtype."""
+        return weight.where(pattern.with_scope("row").mask(weight.float().abs() * stats.norm), 0.0)
