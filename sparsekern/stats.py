@@ -4,6 +4,8 @@ Every eighth part of the tokens is held out: it never enters what a method solve
 tokens that the solver did not see.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,7 @@ class Gram:
         self.held_out_tokens = 0
         self._sum = torch.zeros(in_features, in_features, device=device)
         self._held_out_sum = torch.zeros_like(self._sum)
-        self._factors: dict[float, tuple[Tensor, float]] = {}
+        self._factors: dict[tuple[float, bool], _Factor] = {}
 
     def add(self, x: Tensor) -> None:
         """Count the tokens x [tokens, in_features] in. Raises ValueError on NaN or inf."""
@@ -61,6 +63,11 @@ class Gram:
         return self._sum / max(self.tokens, 1)
 
     @property
+    def held_out_hessian(self) -> Tensor | None:
+        """The same of the held-out tokens, to choose a setting by; None when there are none."""
+        return self._held_out_sum / self.held_out_tokens if self.held_out_tokens else None
+
+    @property
     def norm(self) -> Tensor:
         """What InputNorm holds."""
         return self._sum.diagonal().sqrt()
@@ -68,7 +75,12 @@ class Gram:
     @property
     def damping(self) -> float | None:
         """What the last factorisation took; None before there was one."""
-        return next(reversed(self._factors.values()))[1] if self._factors else None
+        return next(reversed(self._factors.values())).damping if self._factors else None
+
+    @property
+    def retries(self) -> int | None:
+        """How often the last factorisation had to raise its damping; None before there was one."""
+        return next(reversed(self._factors.values())).retries if self._factors else None
 
     @property
     def dead(self) -> Tensor:
@@ -83,38 +95,56 @@ class Gram:
         """The same on the held-out tokens; None when there are none."""
         return _relative_error(self._held_out_sum, weight, pruned) if self.held_out_tokens else None
 
-    def inverse_cholesky(self, damping: float) -> tuple[Tensor, float]:
-        """The upper triangular U with (H + damping * mean(diag H) * I)^-1 = U^T U, and the damping it took.
+    def inverse_cholesky(self, damping: float, per_input: bool = False) -> tuple[Tensor, float]:
+        """The upper triangular U with (damped H)^-1 = U^T U, row-major, and the damping it took.
 
-        When the damped H is not positive definite the damping grows tenfold, up to 1; the value used is returned so
-        that a report can show it. Layers that share an input share the result.
+        per_input  False: damping * mean(diag H) is added to every diagonal entry.
+                   True: damping * h_jj, as if H were scaled to unit diagonal first and back after
 
-        Raises LinAlgError, a RuntimeError, when no damping up to 1 suffices.
+        When the damped H is not positive definite the damping grows tenfold, up to 1; the value used is returned and
+        `retries` counts the steps, so that a report can show both. Layers that share an input share the result.
+
+        Raises ValueError when H holds NaN or infinity; LinAlgError, a RuntimeError, when no damping up to 1 suffices.
         """
-        if damping not in self._factors:
-            self._factors[damping] = self._factor(damping)
-        return self._factors[damping]
+        asked = (damping, per_input)
+        # the one asked for last is the last: `damping` and `retries` speak of it
+        factor = self._factors.pop(asked, None) or self._factor(damping, per_input)
+        self._factors[asked] = factor
+        return factor.u, factor.damping
 
-    def _factor(self, damping: float) -> tuple[Tensor, float]:
+    def _factor(self, damping: float, per_input: bool) -> "_Factor":
         h = self.hessian
         diagonal = h.diagonal()
         mean = diagonal.mean()
         # an input that was never active says nothing about its weights: keep H invertible
         diagonal[self.dead] = mean if mean > 0 else 1.0
-        used = damping
+        unit = diagonal.clone() if per_input else mean
+        used, retries = damping, 0
         while True:
             damped = h.clone()
-            damped.diagonal().add_(used * mean)
+            damped.diagonal().add_(used * unit)
             # H = R R^T with R upper comes from the Cholesky factor of H read backwards, and then U = R^-1: one
             # factorisation and one triangular inverse, where inverting H and factoring again takes three
             lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-            if not failed and lower.isfinite().all():
+            # what is not finite in a row of the factor reaches the row's diagonal entry
+            if not failed and lower.diagonal().isfinite().all():
                 identity = torch.eye(len(h), device=h.device)
-                r = lower.flip(0, 1)
-                return torch.linalg.solve_triangular(r, identity, upper=True).contiguous(), used
-            used = max(used * 10, 1e-4)
+                u = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True).contiguous()
+                return _Factor(u, used, retries)
+            if bad := int((~h.isfinite()).sum()):
+                raise ValueError(f"Hessian holds {bad} NaN or infinite values: the activations overflow its sums")
+            used, retries = max(used * 10, 1e-4), retries + 1
             if used > 1:
                 raise torch.linalg.LinAlgError(f"Hessian is not positive definite at damping 1 (asked: {damping})")
+
+
+@dataclass(frozen=True, eq=False)
+class _Factor:
+    """U, the damping it took, and how often that was raised to get there."""
+
+    u: Tensor
+    damping: float
+    retries: int
 
 
 def _split(x: Tensor) -> tuple[Tensor, Tensor]:

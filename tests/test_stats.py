@@ -86,8 +86,10 @@ def test_an_indefinite_hessian_raises_the_damping_and_says_so():
     # one token in eight dimensions: rank one, singular without damping
     gram.add(tokens(1, 8))
     u, damping = gram.inverse_cholesky(0.0)
-    assert damping > 0
     assert u.isfinite().all()
+    # from 0 the first step is to 1e-4, every further one tenfold
+    assert damping == pytest.approx(1e-4 * 10 ** (gram.retries - 1))
+    assert gram.retries >= 1
 
 
 def test_a_hessian_that_no_damping_repairs_is_an_error():
@@ -105,6 +107,54 @@ def test_dead_inputs_are_found_and_leave_the_hessian_invertible():
     gram.add(x)
     assert gram.dead.tolist() == [False] * 4 + [True, False]
     assert gram.inverse_cholesky(0.01)[0].isfinite().all()
+
+
+def test_damping_per_input_is_that_of_the_hessian_scaled_to_unit_diagonal():
+    gram = Gram(9)
+    # inputs a thousand times apart: what the mean adds to the smallest drowns it
+    gram.add(tokens(64, 9) * torch.logspace(-1.5, 1.5, 9))
+    u, damping = gram.inverse_cholesky(0.1, per_input=True)
+    h = gram.hessian.double()
+    scale = h.diagonal().sqrt()
+    unit = h / scale.outer(scale) + 0.1 * torch.eye(9)
+    torch.testing.assert_close((u.T @ u).double() * scale.outer(scale), unit.inverse(), rtol=1e-4, atol=1e-4)
+    assert damping == 0.1
+    assert not torch.allclose(u, gram.inverse_cholesky(0.1)[0])
+
+
+def test_the_factor_asked_for_last_is_the_one_reported():
+    gram = Gram(8)
+    gram.add(tokens(1, 8))
+    assert (gram.damping, gram.retries) == (None, None)
+    gram.inverse_cholesky(0.0)
+    gram.inverse_cholesky(0.5)
+    assert (gram.damping, gram.retries) == (0.5, 0)
+    gram.inverse_cholesky(0.0)
+    assert gram.retries > 0
+
+
+def test_a_hessian_that_is_not_finite_is_told_from_one_that_is_indefinite():
+    gram = Gram(3)
+    # finite in float32, their squares are not
+    gram.add(torch.full((8, 3), 1e20))
+    with pytest.raises(ValueError, match="Hessian holds 9 NaN or infinite values"):
+        gram.inverse_cholesky(0.01)
+    gram = Gram(3)
+    gram.add(tokens(8, 3))
+    gram._sum[0, 2] = gram._sum[2, 0] = torch.nan
+    with pytest.raises(ValueError, match="Hessian holds 2 NaN or infinite values"):
+        gram.inverse_cholesky(0.01)
+
+
+def test_the_held_out_hessian_is_that_of_the_last_eighth_of_each_batch():
+    x, gram = tokens(32, 5), Gram(5)
+    gram.add(x[:16])
+    gram.add(x[16:])
+    unseen = torch.cat([x[14:16], x[30:]]).double()
+    torch.testing.assert_close(gram.held_out_hessian.double(), unseen.T @ unseen / 4, rtol=1e-5, atol=1e-6)
+    few = Gram(5)
+    few.add(x[:7])
+    assert few.held_out_hessian is None
 
 
 @pytest.mark.parametrize("statistic", [Gram, InputNorm])
