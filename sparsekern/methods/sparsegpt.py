@@ -60,14 +60,16 @@ class SparseGPT:
         if isinstance(pattern, Unstructured) and pattern.scope != "block":
             chosen = pattern.mask(_saliency(w, u, present))
 
+        everything = torch.ones_like(present[:, : self.block_size])
         for start in range(0, w.shape[1], self.block_size):
             block = slice(start, min(start + self.block_size, w.shape[1]))
-            here = w[:, block], u[block, block], present[:, block]
+            here = w[:, block], u[block, block].contiguous(), present[:, block]
+            mask, nm = everything[:, : block.stop - start], None
             if isinstance(pattern, NM):
-                w[:, block], e = _sweep_groups(sweep, *here, pattern)
+                nm = pattern.n, pattern.m
             else:
                 mask = chosen[:, block] if chosen is not None else _block_mask(_saliency(*here), block, pattern)
-                w[:, block], e = sweep(*here[:2], mask & here[2])
+            w[:, block], e = sweep(*here[:2], mask & here[2], nm)
             w[:, block.stop :].addmm_(e, u[block, block.stop :], alpha=-1)
         return w
 
@@ -82,14 +84,3 @@ def _block_mask(saliency: Tensor, block: slice, pattern: Unstructured) -> Tensor
     # the rounding is carried from block to block, so that the layer's count is exact
     kept = pattern.kept(rows * block.stop) - pattern.kept(rows * block.start)
     return keep_largest(saliency.reshape(1, -1), [kept]).view_as(saliency)
-
-
-def _sweep_groups(sweep, w: Tensor, u: Tensor, present: Tensor, pattern: NM) -> tuple[Tensor, Tensor]:
-    """Sweep a block group by group, each group's mask chosen on repaired weights."""
-    w, errors = w.clone(), torch.zeros_like(w)
-    for start in range(0, w.shape[1], pattern.m):
-        group = slice(start, start + pattern.m)
-        here = w[:, group], u[group, group], present[:, group]
-        w[:, group], errors[:, group] = sweep(*here[:2], pattern.mask(_saliency(*here)) & here[2])
-        w[:, group.stop :] -= errors[:, group] @ u[group, group.stop :]
-    return w, errors

@@ -1,11 +1,15 @@
-"""obs_sweep: prune one block of columns, left to right, with the OBS update.
+"""obs_sweep: prune, and where asked quantise, one block of columns from left to right with the OBS update.
 
-For each column j of the block, with U the upper Cholesky factor of H^-1:
+For each column j of the block, with U the upper Cholesky factor of H^-1 and q_j what becomes of w_j:
 
-    e_j       = (1 - mask_j) * w_j / U_jj
+    q_j       = 0 where pruned, else w_j or its nearest grid value
+    e_j       = (w_j - q_j) / U_jj
     W[:, j:] -= e_j U[j, j:]
 
-Source: SparseGPT, https://arxiv.org/abs/2301.00774, algorithm 1, inner loop.
+N:M is chosen when the sweep reaches a group, by the saliency w^2 / U_jj^2 on weights that are already repaired.
+
+Sources: SparseGPT, https://arxiv.org/abs/2301.00774, algorithm 1, inner loop; with rounding it is GPTQ's,
+https://arxiv.org/abs/2210.17323.
 """
 
 import torch
@@ -14,21 +18,73 @@ from torch import Tensor
 from sparsekern.ops.kernel import Kernel, never_refuses
 
 
-def reference(weight: Tensor, u: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def reference(
+    weight: Tensor,
+    u: Tensor,
+    mask: Tensor,
+    nm: tuple[int, int] | None = None,
+    scale: Tensor | None = None,
+    levels: int = 0,
+) -> tuple[Tensor, Tensor]:
     """Prune `weight` where `mask` is False and repair the columns to the right.
 
     weight  [rows, block] float32, not modified
-    u       [block, block] float32, upper triangular
-    mask    [rows, block] bool, True = kept
+    u       [block, block] float32, upper triangular, contiguous
+    mask    [rows, block] bool, True = may be kept
+    nm      (n, m): of every m columns keep the n of largest saliency among those that `mask` allows, ties to the lower
+            index; None keeps all that `mask` allows
+    scale   [rows] float32: a kept weight becomes clamp(round(w / scale), -levels, levels) * scale, half to even, and 0
+            where the scale is 0; None rounds nothing
+    levels  the largest integer of the grid, 127 for 8 bits
 
-    Returns the pruned block [rows, block] and the scaled errors e [rows, block],
-    which the caller owes to the columns after the block: W -= e @ U_right.
+    Returns the pruned block [rows, block], exactly +0.0 where pruned, and the scaled errors e [rows, block], which the
+    caller owes to the columns after the block: W -= e @ U_right. Raises ValueError for shapes that do not fit, a block
+    that m does not divide, and a scale without levels.
     """
-    w, e = weight.clone(), torch.zeros_like(weight)
+    check(weight, u, mask, nm, scale, levels)
+    w, e, kept = weight.clone(), torch.zeros_like(weight), mask.clone()
     for j in range(w.shape[1]):
-        e[:, j] = torch.where(mask[:, j], 0.0, w[:, j] / u[j, j])
-        w[:, j:] -= e[:, j, None] * u[j, j:]
-    return w.where(mask, 0.0), e
+        if nm is not None and j % nm[1] == 0:
+            group = slice(j, j + nm[1])
+            kept[:, group] = _largest_of_group(w[:, group] / u.diagonal()[group], mask[:, group], nm[0])
+        q = w[:, j] if scale is None else _nearest(w[:, j], scale, levels)
+        q = q.where(kept[:, j], 0.0)
+        e[:, j] = (w[:, j] - q) / u[j, j]
+        w[:, j + 1 :] -= e[:, j, None] * u[j, j + 1 :]
+        w[:, j] = q
+    return w, e
+
+
+def check(
+    weight: Tensor, u: Tensor, mask: Tensor, nm: tuple[int, int] | None, scale: Tensor | None, levels: int
+) -> None:
+    """Raises ValueError unless the arguments are what every kernel of this op takes."""
+    rows, block = weight.shape
+    for name, tensor, shape in (("u", u, (block, block)), ("mask", mask, (rows, block)), ("scale", scale, (rows,))):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)} for a weight {[rows, block]}, got {list(tensor.shape)}")
+    # read by rows, the column-major factor that torch.linalg.cholesky(upper=True) returns is U transposed
+    if not u.is_contiguous():
+        raise ValueError(f"u must be contiguous, got strides {list(u.stride())}; call .contiguous()")
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask must be bool, got {mask.dtype}")
+    if nm is not None and (not 0 < nm[0] <= nm[1] or block % nm[1]):
+        raise ValueError(f"N:M needs 0 < N <= M and a block that M divides, got {nm[0]}:{nm[1]} and {block} columns")
+    if (scale is not None) != (levels > 0):
+        raise ValueError(f"a scale goes with levels of at least 1, got {levels}")
+
+
+def _largest_of_group(scaled: Tensor, allowed: Tensor, n: int) -> Tensor:
+    """The n largest squares of each row of `scaled` [rows, m] among the `allowed`, as a mask."""
+    saliency = scaled.square().where(allowed, -1.0)
+    best = saliency.sort(dim=1, descending=True, stable=True).indices[:, :n]
+    return torch.zeros_like(allowed).scatter_(1, best, True) & allowed
+
+
+def _nearest(w: Tensor, scale: Tensor, levels: int) -> Tensor:
+    steps = (w / scale).round().clamp(-levels, levels)
+    # a scale of 0 gives 0 / 0; + 0.0 makes a small negative weight +0.0
+    return (steps * scale).where(scale != 0, 0.0) + 0.0
 
 
 KERNELS = (Kernel("reference", reference, never_refuses),)
