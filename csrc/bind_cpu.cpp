@@ -27,20 +27,23 @@ DType dtype_of(const std::string& name) {
   throw py::value_error("dtype must be bfloat16 or float32, got " + name);
 }
 
-py::tuple instruction_sets() {
+// Those this machine has.
+py::tuple names_of(const InstructionSet* sets) {
   py::list names;
-  for (const InstructionSet* set = kLinearBitmapSets; set->name != nullptr; ++set) {
+  for (const InstructionSet* set = sets; set->name != nullptr; ++set) {
     if (set->supported()) names.append(set->name);
   }
   return py::tuple(names);
 }
 
+py::tuple instruction_sets() { return names_of(kLinearBitmapSets); }
+
 std::string isa() { return py::cast<std::string>(instruction_sets()[0]); }
 
-// The first set this machine has, or the named one.
-int find_set(const std::string& name) {
-  for (int set = 0; kLinearBitmapSets[set].name != nullptr; ++set) {
-    if ((name.empty() || name == kLinearBitmapSets[set].name) && kLinearBitmapSets[set].supported()) return set;
+// The first of `sets` that this machine has, or the named one.
+int find_set(const InstructionSet* sets, const std::string& name) {
+  for (int set = 0; sets[set].name != nullptr; ++set) {
+    if ((name.empty() || name == sets[set].name) && sets[set].supported()) return set;
   }
   throw py::value_error("this machine does not have the instruction set " + name);
 }
@@ -95,7 +98,7 @@ void linear_bitmap_checked(const Weight& packed, Address x, int64_t x_size, Addr
         "y must hold tokens * out_features elements, got " + std::to_string(y_size));
   check(bias == 0 || bias_size == weight.out_features,
         "bias must hold " + std::to_string(weight.out_features) + " elements, got " + std::to_string(bias_size));
-  const int set = find_set(isa);
+  const int set = find_set(kLinearBitmapSets, isa);
   if (y_needed == 0) return;
   bool done;
   {
@@ -118,10 +121,46 @@ void expand_bitmap_checked(const Weight& packed, Address dense, int64_t dense_si
   const int64_t rows = first_panel < end_panel ? end_row - first_panel * kPanelRows : 0;
   check(dense_size == rows * weight.in_features,
         "dense must hold " + std::to_string(rows * weight.in_features) + " elements, got " + std::to_string(dense_size));
-  const int set = find_set(isa);
+  const int set = find_set(kLinearBitmapSets, isa);
   if (dense_size == 0) return;
   py::gil_scoped_release release;
   expand_bitmap(weight, reinterpret_cast<void*>(dense), first_panel, end_panel, set, threads);
+}
+
+void obs_sweep_checked(Address weight, int64_t weight_stride, Address u, Address mask, int64_t mask_stride, int64_t n,
+                       int64_t m, Address scale, int64_t levels, Address pruned, Address e, int64_t rows,
+                       int64_t block, int threads, const std::string& isa) {
+  check(threads > 0, "threads must be positive, got " + std::to_string(threads));
+  check(rows >= 0 && block >= 0, "rows and block must not be negative, got " + std::to_string(rows) + " and " +
+                                     std::to_string(block));
+  // 2^20 columns are 4 TB of U: no honest request
+  check(block < int64_t{1} << 20 && rows < int64_t{1} << 40, "the block is impossible: " + std::to_string(rows) + " by " +
+                                                                 std::to_string(block));
+  check(weight_stride >= block && mask_stride >= block, "strides must not be below the block's width");
+  check(m == 0 || (0 < n && n <= m && block % m == 0), "N:M must divide the block, got " + std::to_string(n) + ":" +
+                                                            std::to_string(m));
+  check(levels >= 0 && levels <= 1 << 20, "levels must lie in 0..2^20, got " + std::to_string(levels));
+  const int set = find_set(kObsSweepSets, isa);
+  if (rows == 0 || block == 0) return;
+  const ObsSweep sweep = {reinterpret_cast<const float*>(weight),
+                          weight_stride,
+                          reinterpret_cast<const float*>(u),
+                          reinterpret_cast<const uint8_t*>(mask),
+                          mask_stride,
+                          n,
+                          m,
+                          reinterpret_cast<const float*>(scale),
+                          static_cast<float>(levels),
+                          reinterpret_cast<float*>(pruned),
+                          reinterpret_cast<float*>(e),
+                          rows,
+                          block};
+  bool done;
+  {
+    py::gil_scoped_release release;
+    done = obs_sweep(sweep, set, threads);
+  }
+  if (!done) throw std::bad_alloc();
 }
 
 uint64_t stream_read_checked(Address buffer, int64_t bytes, int threads) {
@@ -150,5 +189,10 @@ PYBIND11_MODULE(_cpu, module) {
              py::arg("threads"), py::arg("isa") = "");
   module.def("expand_bitmap", expand_bitmap_checked, py::arg("weight"), py::arg("dense"), py::arg("dense_size"),
              py::arg("first_panel"), py::arg("end_panel"), py::arg("threads"), py::arg("isa") = "");
+  module.def("obs_sweep_sets", [] { return names_of(kObsSweepSets); }, "Those this machine has, best first.");
+  module.def("obs_sweep", obs_sweep_checked, py::arg("weight"), py::arg("weight_stride"), py::arg("u"), py::arg("mask"),
+             py::arg("mask_stride"), py::arg("n"), py::arg("m"), py::arg("scale"), py::arg("levels"),
+             py::arg("pruned"), py::arg("e"), py::arg("rows"), py::arg("block"), py::arg("threads"),
+             py::arg("isa") = "");
   module.def("stream_read", stream_read_checked, py::arg("buffer"), py::arg("bytes"), py::arg("threads"));
 }

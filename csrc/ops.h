@@ -6,7 +6,7 @@
 namespace sparsekern {
 
 // Raised by one whenever a signature or a layout here changes; ops/compiled.py refuses a module that has another.
-constexpr int kAbi = 1;
+constexpr int kAbi = 2;
 
 enum class DType : int { kBFloat16 = 0, kFloat32 = 1 };
 
@@ -53,6 +53,37 @@ bool linear_bitmap(const BitmapWeight& weight, const void* x, const void* bias, 
 
 // dense [rows of the panels, in_features], every element written, of panels first_panel to end_panel - 1
 void expand_bitmap(const BitmapWeight& weight, void* dense, int64_t first_panel, int64_t end_panel, int set, int threads);
+
+// obs_sweep: prune, and where `scale` is given round, one block of columns from left to right with the OBS update; see
+// ops/obs_sweep.py.
+//   weight  [rows, block], a row every weight_stride elements
+//   u       [block, block], upper triangular
+//   mask    [rows, block], a row every mask_stride bytes, 1 = may be kept
+//   n, m    keep n of every m columns, chosen on repaired weights; m divides block. m = 0 keeps all that mask allows
+//   scale   [rows], the step of the grid, or null; levels, its largest integer, at most 2^20
+//   pruned  [rows, block], every element written
+//   e       [rows, block], every element written
+struct ObsSweep {
+  const float* weight;
+  int64_t weight_stride;
+  const float* u;
+  const uint8_t* mask;
+  int64_t mask_stride;
+  int64_t n;
+  int64_t m;
+  const float* scale;
+  float levels;
+  float* pruned;
+  float* e;
+  int64_t rows;
+  int64_t block;
+};
+
+// Best first, ended by a null name.
+extern const InstructionSet kObsSweepSets[];
+
+// set is an index into kObsSweepSets. Needs rows and block > 0; returns false when there is no memory for the scratch.
+bool obs_sweep(const ObsSweep& sweep, int set, int threads);
 
 // stream_read: the sum of a buffer as 64-bit words, wrapping, zeros after its end. Reads every byte once.
 //   buffer  [bytes]

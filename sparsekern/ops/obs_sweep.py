@@ -15,6 +15,7 @@ https://arxiv.org/abs/2210.17323.
 import torch
 from torch import Tensor
 
+from sparsekern.ops import compiled
 from sparsekern.ops.kernel import Kernel, never_refuses
 
 
@@ -87,4 +88,37 @@ def _nearest(w: Tensor, scale: Tensor, levels: int) -> Tensor:
     return (steps * scale).where(scale != 0, 0.0) + 0.0
 
 
-KERNELS = (Kernel("reference", reference, never_refuses),)
+def on_cpu(
+    weight: Tensor,
+    u: Tensor,
+    mask: Tensor,
+    nm: tuple[int, int] | None = None,
+    scale: Tensor | None = None,
+    levels: int = 0,
+    isa: str = "",
+) -> tuple[Tensor, Tensor]:
+    """The compiled kernel; `isa` names one of its instruction sets, "" the best this machine has."""
+    check(weight, u, mask, nm, scale, levels)
+    # a slice of a wider weight is read where it lies
+    weight, mask = (x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous() for x in (weight, mask))
+    scale = None if scale is None else scale.float().contiguous()
+    pruned, e = (torch.empty(weight.shape) for _ in range(2))
+    compiled.cpu().obs_sweep(
+        *(weight.data_ptr(), weight.stride(0), u.data_ptr(), mask.data_ptr(), mask.stride(0)),
+        *(nm or (0, 0)),
+        *(0 if scale is None else scale.data_ptr(), levels),
+        *(pruned.data_ptr(), e.data_ptr(), *weight.shape, torch.get_num_threads(), isa),
+    )
+    return pruned, e
+
+
+def _cpu_refuses(weight: Tensor, u: Tensor) -> str | None:
+    for name, tensor in (("weight", weight), ("u", u)):
+        if tensor.device.type != "cpu":
+            return f"{name} must be on the CPU, got {tensor.device}"
+        if tensor.dtype != torch.float32:
+            return f"{name} must be float32, got {tensor.dtype}"
+    return compiled.why_not("cpu")
+
+
+KERNELS = (Kernel("cpu", on_cpu, _cpu_refuses), Kernel("reference", reference, never_refuses))

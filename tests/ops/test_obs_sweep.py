@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsekern.ops import obs_sweep
+from sparsekern.ops import compiled, obs_sweep
 from sparsekern.ops.kernel import pick
 from sparsekern.pattern import NM, Unstructured
 
@@ -175,3 +175,62 @@ class TestEveryKernel:
 
 def test_the_reference_serves_every_dtype():
     assert pick(obs_sweep.KERNELS, torch.zeros(2, 4).double(), torch.eye(4).double()).name == "reference"
+
+
+SETS = compiled.cpu().obs_sweep_sets() if compiled.why_not("cpu") is None else ()
+needs_cpu = pytest.mark.skipif(compiled.why_not("cpu") is not None, reason=f"cpu: {compiled.why_not('cpu')}")
+
+
+@pytest.mark.parametrize("pattern", SPARSITIES, ids=str)
+@pytest.mark.parametrize("isa", SETS)
+def test_every_instruction_set_matches_the_reference_with_the_same_mask(isa, pattern):
+    for rows, block in ((1, 40), (33, 40), (70, 128), (16, 5 * 8)):
+        weight, _, u, _ = problem(rows, block, seed=rows)
+        mask, nm = asked(pattern, weight, u)
+        pruned, e = obs_sweep.on_cpu(weight, u, mask, nm, isa=isa)
+        expected, expected_e = obs_sweep.reference(weight.double(), u.double(), mask, nm)
+        assert torch.equal(pruned != 0, expected != 0)
+        torch.testing.assert_close(pruned.double(), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(e.double(), expected_e, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("isa", SETS)
+def test_every_instruction_set_rounds_half_to_even_and_saturates(isa):
+    weight = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, 9.0, -9.0, 1e30, -0.4]])
+    mask = torch.ones(1, 9, dtype=torch.bool)
+    pruned, _ = obs_sweep.on_cpu(weight, torch.eye(9), mask, None, torch.ones(1), 7, isa)
+    assert pruned.tolist() == [[0, 2, 2, 0, -2, 7, -7, 7, 0]]
+    assert not torch.signbit(pruned[pruned == 0]).any()
+
+
+@pytest.mark.parametrize("isa", SETS)
+def test_the_number_of_threads_changes_no_bit(isa):
+    weight, _, u, _ = problem(rows=1000, block=128)
+    everything, before = torch.ones_like(weight, dtype=torch.bool), torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(obs_sweep.on_cpu(weight, u, everything, (2, 4), isa=isa))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(mine, first) for mine, first in zip(result, results[0], strict=True))
+
+
+@needs_cpu
+def test_the_compiled_kernel_says_what_it_cannot_serve():
+    kernel = next(k for k in obs_sweep.KERNELS if k.name == "cpu")
+    assert kernel.refuses(torch.zeros(2, 4).double(), torch.eye(4)) == "weight must be float32, got torch.float64"
+    assert kernel.refuses(torch.zeros(2, 4), torch.eye(4, device="meta")) == "u must be on the CPU, got meta"
+    weight = torch.zeros(2, 4)
+    with pytest.raises(ValueError, match="does not have the instruction set amx"):
+        obs_sweep.on_cpu(weight, torch.eye(4), weight == 0, isa="amx")
+    address = (weight.data_ptr(), 4, weight.data_ptr(), weight.data_ptr(), 4)
+    for n, m, levels, rows, block, threads, why in (
+        *((2, 3, 0, 2, 4, 1, "N:M must divide the block, got 2:3"), (0, 0, 1 << 21, 2, 4, 1, "levels must lie in")),
+        *((0, 0, 0, -1, 4, 1, "must not be negative, got -1 and 4"), (0, 0, 0, 2, 8, 1, "strides must not be below")),
+        *((0, 0, 0, 2, 1 << 20, 1, "the block is impossible"), (0, 0, 0, 2, 4, 0, "threads must be positive, got 0")),
+    ):
+        with pytest.raises(ValueError, match=why):
+            compiled.cpu().obs_sweep(*address, n, m, 0, levels, 0, 0, rows, block, threads)
