@@ -12,7 +12,7 @@ import torch
 
 from sparsekern import SparseGPT, Wanda
 from sparsekern.formats import Bitmap, SemiStructured
-from sparsekern.ops import LINEAR_KERNELS, obs_sweep
+from sparsekern.ops import LINEAR_KERNELS, addmm, gram, obs_sweep
 from sparsekern.pattern import NM
 from sparsekern.stats import Gram
 
@@ -27,10 +27,10 @@ def weight(request):
 
 
 @pytest.fixture
-def gram(weight):
-    gram = Gram(weight.shape[1])
-    gram.add(torch.randn(4 * weight.shape[1], weight.shape[1], generator=torch.Generator().manual_seed(1)))
-    return gram
+def stats(weight):
+    stats = Gram(weight.shape[1])
+    stats.add(torch.randn(4 * weight.shape[1], weight.shape[1], generator=torch.Generator().manual_seed(1)))
+    return stats
 
 
 @FORMATS
@@ -58,8 +58,8 @@ def test_linear(benchmark, kernel, weight):
 
 
 @pytest.mark.parametrize("kernel", obs_sweep.KERNELS, ids=lambda kernel: kernel.name)
-def test_obs_sweep(benchmark, kernel, weight, gram):
-    u, _ = gram.inverse_cholesky(0.01)
+def test_obs_sweep(benchmark, kernel, weight, stats):
+    u, _ = stats.inverse_cholesky(0.01)
     block = slice(0, min(128, weight.shape[1]))
     u = u[block, block].contiguous()
     if reason := kernel.refuses(weight, u):
@@ -69,14 +69,28 @@ def test_obs_sweep(benchmark, kernel, weight, gram):
     assert torch.equal(pruned[~mask], torch.zeros(int((~mask).sum())))
 
 
-def test_gram(benchmark, weight):
-    x, gram = torch.randn(64, weight.shape[1]), Gram(weight.shape[1])
-    benchmark(gram.add, x)
-    assert gram.tokens % 56 == 0
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kernel", gram.KERNELS, ids=lambda kernel: kernel.name)
+def test_gram(benchmark, kernel, dtype, weight):
+    x, total = torch.randn(256, weight.shape[1]).to(dtype), torch.zeros(weight.shape[1], weight.shape[1])
+    if reason := kernel.refuses(total, x):
+        pytest.skip(f"{kernel.name}: {reason}")
+    benchmark(kernel.run, total, x)
+    assert total.diagonal().gt(0).all()
+
+
+@pytest.mark.parametrize("kernel", addmm.KERNELS, ids=lambda kernel: kernel.name)
+def test_addmm(benchmark, kernel, weight):
+    # a trailing update: a block of 128 errors times what lies right of the block
+    a, b, total = torch.randn(len(weight), 128), torch.randn(128, weight.shape[1]), torch.zeros(weight.shape)
+    if reason := kernel.refuses(total, a, b):
+        pytest.skip(f"{kernel.name}: {reason}")
+    benchmark(kernel.run, total, a, b, -1e-3)
+    assert total.isfinite().all()
 
 
 @pytest.mark.parametrize("method", [Wanda(), SparseGPT()], ids=lambda method: type(method).__name__)
-def test_prune(benchmark, method, weight, gram):
+def test_prune(benchmark, method, weight, stats):
     dense = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
-    pruned = benchmark(method.prune, dense, gram, NM(2, 4))
+    pruned = benchmark(method.prune, dense, stats, NM(2, 4))
     assert (pruned == 0).sum() == dense.numel() / 2

@@ -170,6 +170,57 @@ uint64_t stream_read_checked(Address buffer, int64_t bytes, int threads) {
   return stream_read(reinterpret_cast<const void*>(buffer), bytes, threads);
 }
 
+py::tuple gram_sets() {
+  py::list names;
+  for (const InstructionSet* set = kGramSets; set->name != nullptr; ++set) {
+    if (set->supported()) names.append(set->name);
+  }
+  return py::tuple(names);
+}
+
+void gram_checked(const std::string& dtype, Address x, int64_t x_size, Address total, int64_t total_size,
+                  int64_t tokens, int64_t in_features, int threads, const std::string& isa) {
+  check(threads > 0, "threads must be positive, got " + std::to_string(threads));
+  check(tokens >= 0, "tokens must not be negative, got " + std::to_string(tokens));
+  check(in_features >= 0, "in_features must not be negative, got " + std::to_string(in_features));
+  int64_t x_needed, total_needed;
+  check(!__builtin_mul_overflow(tokens, in_features, &x_needed) && x_size == x_needed,
+        "x must hold tokens * in_features elements, got " + std::to_string(x_size));
+  check(!__builtin_mul_overflow(in_features, in_features, &total_needed) && total_size == total_needed,
+        "total must hold in_features * in_features elements, got " + std::to_string(total_size));
+  int set = 0;
+  while (kGramSets[set].name != nullptr && !(isa == kGramSets[set].name && kGramSets[set].supported())) ++set;
+  check(kGramSets[set].name != nullptr, "this machine does not have the instruction set " + isa);
+  const DType type = dtype == "float16" ? DType::kFloat16 : dtype_of(dtype);
+  check(type == DType::kBFloat16 || isa != "avx512_bf16", "avx512_bf16 multiplies bfloat16, got " + dtype);
+  bool done;
+  {
+    py::gil_scoped_release release;
+    done = gram(reinterpret_cast<const void*>(x), type, reinterpret_cast<float*>(total), tokens, in_features, set,
+                threads);
+  }
+  if (!done) throw std::bad_alloc();
+}
+
+void addmm_checked(Address total, int64_t total_stride, Address a, int64_t a_stride, Address b, int64_t b_stride,
+                   int64_t rows, int64_t inner, int64_t columns, float scale, int threads) {
+  check(has_addmm(), "this is not an AMD processor with AVX-512");
+  check(threads > 0, "threads must be positive, got " + std::to_string(threads));
+  check(rows >= 0 && inner >= 0 && columns >= 0, "sizes must not be negative, got " + std::to_string(rows) + ", " +
+                                                     std::to_string(inner) + ", " + std::to_string(columns));
+  check(total_stride >= columns && b_stride >= columns && a_stride >= inner,
+        "rows must not overlap, got strides " + std::to_string(total_stride) + ", " + std::to_string(a_stride) + ", " +
+            std::to_string(b_stride));
+  bool done;
+  {
+    py::gil_scoped_release release;
+    done = addmm({reinterpret_cast<float*>(total), rows, columns, total_stride},
+                 {reinterpret_cast<const float*>(a), rows, inner, a_stride},
+                 {reinterpret_cast<const float*>(b), inner, columns, b_stride}, scale, threads);
+  }
+  if (!done) throw std::bad_alloc();
+}
+
 }  // namespace
 }  // namespace sparsekern
 
@@ -195,4 +246,11 @@ PYBIND11_MODULE(_cpu, module) {
              py::arg("pruned"), py::arg("e"), py::arg("rows"), py::arg("block"), py::arg("threads"),
              py::arg("isa") = "");
   module.def("stream_read", stream_read_checked, py::arg("buffer"), py::arg("bytes"), py::arg("threads"));
+  module.def("gram_sets", gram_sets, "The instruction sets that gram can use here, best first.");
+  module.def("gram", gram_checked, py::arg("dtype"), py::arg("x"), py::arg("x_size"), py::arg("total"),
+             py::arg("total_size"), py::arg("tokens"), py::arg("in_features"), py::arg("threads"), py::arg("isa"));
+  module.def("has_addmm", has_addmm, "Whether addmm is of use on this machine.");
+  module.def("addmm", addmm_checked, py::arg("total"), py::arg("total_stride"), py::arg("a"), py::arg("a_stride"),
+             py::arg("b"), py::arg("b_stride"), py::arg("rows"), py::arg("inner"), py::arg("columns"),
+             py::arg("scale"), py::arg("threads"));
 }

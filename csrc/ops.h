@@ -8,7 +8,7 @@ namespace sparsekern {
 // Raised by one whenever a signature or a layout here changes; ops/compiled.py refuses a module that has another.
 constexpr int kAbi = 2;
 
-enum class DType : int { kBFloat16 = 0, kFloat32 = 1 };
+enum class DType : int { kBFloat16 = 0, kFloat32 = 1, kFloat16 = 2 };
 
 // One implementation per instruction set, and whether this machine has it.
 struct InstructionSet {
@@ -88,5 +88,42 @@ bool obs_sweep(const ObsSweep& sweep, int set, int threads);
 // stream_read: the sum of a buffer as 64-bit words, wrapping, zeros after its end. Reads every byte once.
 //   buffer  [bytes]
 uint64_t stream_read(const void* buffer, int64_t bytes, int threads);
+
+// gram: total += x^T x in float32, on and above the diagonal; what lies below it is left unspecified.
+// Best first, ended by a null name; there is none for every machine.
+extern const InstructionSet kGramSets[];
+
+//   x      [tokens, in_features] bfloat16, float16 or float32
+//   total  [in_features, in_features] float32
+//   set    index into kGramSets
+// Needs threads > 0; the result is the same for any number. Returns false when there is no memory for the scratch, as
+// much as 1024 tokens in float32 for bfloat16 x and twice that of 512 tokens otherwise.
+bool gram(const void* x, DType dtype, float* total, int64_t tokens, int64_t in_features, int set, int threads);
+
+// addmm: total += scale * a b, all float32.
+// rows of `columns` elements, `stride` elements apart
+struct Matrix {
+  float* data;
+  int64_t rows;
+  int64_t columns;
+  int64_t stride;
+};
+
+struct ConstMatrix {
+  const float* data;
+  int64_t rows;
+  int64_t columns;
+  int64_t stride;
+};
+
+// Whether this machine has the instructions, and no library that uses them.
+bool has_addmm();
+
+//   total  [rows, columns], overlaps neither a nor b
+//   a      [rows, inner]
+//   b      [inner, columns]
+// The result is the same for any number of threads. Returns false when there is no memory for the scratch, 512 columns
+// of a and 512 rows of b.
+bool addmm(const Matrix& total, const ConstMatrix& a, const ConstMatrix& b, float scale, int threads);
 
 }  // namespace sparsekern

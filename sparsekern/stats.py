@@ -1,4 +1,4 @@
-"""Running statistics of a layer's input, in float32 whatever the model's dtype.
+"""Running statistics of a layer's input, summed in float32 whatever the model's dtype.
 
 Every eighth part of the tokens is held out: it never enters what a method solves with, and gives the report an error on
 tokens that the solver did not see.
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from sparsekern.ops import gram
 
 HELD_OUT_PARTS = 8
 
@@ -26,7 +28,8 @@ class InputNorm:
         """Count the tokens x [tokens, in_features] in. Raises ValueError on NaN or inf."""
         _refuse_not_finite(x)
         seen, _ = _split(x)
-        self._squares += seen.square().sum(dim=0)
+        # a half's square overflows in real models
+        self._squares += seen.float().square().sum(dim=0)
         self.tokens += len(seen)
 
     @property
@@ -46,25 +49,30 @@ class Gram:
         self.held_out_tokens = 0
         self._sum = torch.zeros(in_features, in_features, device=device)
         self._held_out_sum = torch.zeros_like(self._sum)
+        # on and above the diagonal; whole once `_mirror` was called after the last `add`
+        self._whole = True
         self._factors: dict[tuple[float, bool], _Factor] = {}
 
     def add(self, x: Tensor) -> None:
         """Count the tokens x [tokens, in_features] in. Raises ValueError on NaN or inf."""
         _refuse_not_finite(x)
         self._factors.clear()
-        seen, unseen = _split(x)
-        self._sum.addmm_(seen.T, seen)
-        self._held_out_sum.addmm_(unseen.T, unseen)
+        seen, unseen = _split(x if x.dtype in gram.DTYPES else x.float())
+        self._whole = False
+        gram.accumulate(self._sum, seen)
+        gram.accumulate(self._held_out_sum, unseen)
         self.tokens += len(seen)
         self.held_out_tokens += len(unseen)
 
     @property
     def hessian(self) -> Tensor:
+        self._mirror()
         return self._sum / max(self.tokens, 1)
 
     @property
     def held_out_hessian(self) -> Tensor | None:
         """The same of the held-out tokens, to choose a setting by; None when there are none."""
+        self._mirror()
         return self._held_out_sum / self.held_out_tokens if self.held_out_tokens else None
 
     @property
@@ -89,10 +97,12 @@ class Gram:
 
     def error(self, weight: Tensor, pruned: Tensor) -> float:
         """The relative output error ||X (W - W')^T|| / ||X W^T|| on the tokens that were solved for."""
+        self._mirror()
         return _relative_error(self._sum, weight, pruned)
 
     def held_out_error(self, weight: Tensor, pruned: Tensor) -> float | None:
         """The same on the held-out tokens; None when there are none."""
+        self._mirror()
         return _relative_error(self._held_out_sum, weight, pruned) if self.held_out_tokens else None
 
     def inverse_cholesky(self, damping: float, per_input: bool = False) -> tuple[Tensor, float]:
@@ -111,6 +121,12 @@ class Gram:
         factor = self._factors.pop(asked, None) or self._factor(damping, per_input)
         self._factors[asked] = factor
         return factor.u, factor.damping
+
+    def _mirror(self) -> None:
+        if not self._whole:
+            gram.mirror(self._sum)
+            gram.mirror(self._held_out_sum)
+            self._whole = True
 
     def _factor(self, damping: float, per_input: bool) -> "_Factor":
         h = self.hessian
@@ -148,9 +164,9 @@ class _Factor:
 
 
 def _split(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens to solve with and those held out, in float32: x^T x overflows half precision in real models."""
+    """The tokens to solve with and those held out."""
     seen = len(x) - len(x) // HELD_OUT_PARTS
-    return x[:seen].float(), x[seen:].float()
+    return x[:seen], x[seen:]
 
 
 def _relative_error(second_moment: Tensor, weight: Tensor, pruned: Tensor) -> float:

@@ -16,7 +16,7 @@ FORMATS = sorted(set((PACKAGE / "formats").glob("*.py")) - {PACKAGE / "formats/_
 # part -> the parts it may import; a part is a module of the package or a folder with all that is in it
 ARROWS = {
     "pattern": set(),
-    "stats": set(),
+    "stats": {"ops"},
     "formats": set(),
     "timing": set(),
     "baselines": set(),

@@ -167,3 +167,20 @@ def test_nan_and_infinity_never_reach_the_statistics(statistic, bad):
         stats.add(x)
     assert stats.tokens == 0
     assert stats.norm.eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_every_dtype_of_a_model_is_summed_in_float32(dtype):
+    x, gram = tokens(40, 6).to(dtype), Gram(6)
+    gram.add(x)
+    seen = x[:35].double()
+    torch.testing.assert_close(gram.hessian.double(), seen.T @ seen / 35, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gram.norm.double(), seen.norm(dim=0), rtol=1e-5, atol=0)
+
+
+def test_what_is_read_between_two_batches_is_whole():
+    x, gram = tokens(32, 5), Gram(5)
+    for part in x.split(16):
+        gram.add(part)
+        assert torch.equal(gram.hessian, gram.hessian.T)
+        assert torch.equal(gram.held_out_hessian, gram.held_out_hessian.T)
