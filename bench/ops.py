@@ -12,7 +12,7 @@ import torch
 
 from sparsekern import SparseGPT, Wanda
 from sparsekern.formats import Bitmap, SemiStructured
-from sparsekern.ops import LINEAR_KERNELS, addmm, gram, obs_sweep
+from sparsekern.ops import LINEAR_KERNELS, addmm, gram, keep_largest, obs_sweep
 from sparsekern.pattern import NM
 from sparsekern.stats import Gram
 
@@ -67,6 +67,18 @@ def test_obs_sweep(benchmark, kernel, weight, stats):
     mask = weight[:, block] != 0
     pruned, _ = benchmark(kernel.run, torch.ones_like(mask, dtype=torch.float32), u, mask)
     assert torch.equal(pruned[~mask], torch.zeros(int((~mask).sum())))
+
+
+@pytest.mark.parametrize("scope", ["layer", "row", "2:4"])
+@pytest.mark.parametrize("kernel", keep_largest.KERNELS, ids=lambda kernel: kernel.name)
+def test_keep_largest(benchmark, kernel, scope, weight):
+    saliency = torch.randn(weight.shape, generator=torch.Generator().manual_seed(3)).square()
+    saliency = saliency.view({"layer": (1, -1), "row": weight.shape, "2:4": (-1, 4)}[scope])
+    if reason := kernel.refuses(saliency):
+        pytest.skip(f"{kernel.name}: {reason}")
+    sets, size = saliency.shape
+    mask = benchmark(kernel.run, saliency, torch.tensor(size // 2).expand(sets))
+    assert (mask.sum(dim=1) == size // 2).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

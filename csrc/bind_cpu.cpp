@@ -163,6 +163,31 @@ void obs_sweep_checked(Address weight, int64_t weight_stride, Address u, Address
   if (!done) throw std::bad_alloc();
 }
 
+int64_t keep_largest_checked(Address saliency, Address kept, int64_t kept_stride, Address mask, int64_t sets,
+                             int64_t size, int threads) {
+  check(threads > 0, "threads must be positive, got " + std::to_string(threads));
+  check(sets >= 0 && size >= 0,
+        "sets and size must not be negative, got " + std::to_string(sets) + " and " + std::to_string(size));
+  int64_t elements;
+  check(!__builtin_mul_overflow(sets, size, &elements) && size < int64_t{1} << 32,
+        "a set must be smaller than 2^32, got " + std::to_string(size));
+  const auto* counts = reinterpret_cast<const int64_t*>(kept);
+  for (int64_t set = 0; set < (kept_stride == 0 && sets > 0 ? 1 : sets); ++set) {
+    const int64_t count = counts[set * kept_stride];
+    check(0 <= count && count <= size,
+          "kept must lie in 0.." + std::to_string(size) + ", got " + std::to_string(count));
+  }
+  if (elements == 0) return 0;
+  int64_t missing;
+  {
+    py::gil_scoped_release release;
+    missing = keep_largest(reinterpret_cast<const float*>(saliency), counts, kept_stride,
+                           reinterpret_cast<uint8_t*>(mask), sets, size, threads);
+  }
+  if (missing < 0) throw std::bad_alloc();
+  return missing;
+}
+
 uint64_t stream_read_checked(Address buffer, int64_t bytes, int threads) {
   check(threads > 0, "threads must be positive, got " + std::to_string(threads));
   check(bytes >= 0, "bytes must not be negative, got " + std::to_string(bytes));
@@ -245,6 +270,8 @@ PYBIND11_MODULE(_cpu, module) {
              py::arg("mask_stride"), py::arg("n"), py::arg("m"), py::arg("scale"), py::arg("levels"),
              py::arg("pruned"), py::arg("e"), py::arg("rows"), py::arg("block"), py::arg("threads"),
              py::arg("isa") = "");
+  module.def("keep_largest", keep_largest_checked, py::arg("saliency"), py::arg("kept"), py::arg("kept_stride"),
+             py::arg("mask"), py::arg("sets"), py::arg("size"), py::arg("threads"));
   module.def("stream_read", stream_read_checked, py::arg("buffer"), py::arg("bytes"), py::arg("threads"));
   module.def("gram_sets", gram_sets, "The instruction sets that gram can use here, best first.");
   module.def("gram", gram_checked, py::arg("dtype"), py::arg("x"), py::arg("x_size"), py::arg("total"),

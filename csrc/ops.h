@@ -85,6 +85,14 @@ extern const InstructionSet kObsSweepSets[];
 // set is an index into kObsSweepSets. Needs rows and block > 0; returns false when there is no memory for the scratch.
 bool obs_sweep(const ObsSweep& sweep, int set, int threads);
 
+// keep_largest: the mask of the kept largest of each set, of equals those of the lower index.
+//   saliency  [sets, size]
+//   kept      [sets], one every kept_stride, each 0..size
+//   mask      [sets, size], 1 = kept, every element written unless there is a NaN
+// Returns how many NaN there are, -1 when there is no memory for the scratch.
+int64_t keep_largest(const float* saliency, const int64_t* kept, int64_t kept_stride, uint8_t* mask, int64_t sets,
+                     int64_t size, int threads);
+
 // stream_read: the sum of a buffer as 64-bit words, wrapping, zeros after its end. Reads every byte once.
 //   buffer  [bytes]
 uint64_t stream_read(const void* buffer, int64_t bytes, int threads);

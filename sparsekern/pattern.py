@@ -4,12 +4,15 @@ A mask is True where a weight is kept. Counts are exact and ties go to the lower
 that stands first in its row (then in the first row) is kept, so the same input always gives the same mask.
 """
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from sparsekern.ops import keep_largest as op
+from sparsekern.ops.kernel import pick
 
 Scope = Literal["row", "block", "layer"]
 
@@ -101,11 +104,10 @@ class NM:
 
         Returns a bool tensor of the same shape. Raises ValueError when in_features is not a multiple of m.
         """
-        _refuse_nan(saliency)
         self.check(saliency.shape[1])
         groups = saliency.reshape(-1, self.m)
-        best = groups.sort(dim=1, descending=True, stable=True).indices[:, : self.n]
-        return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, best, True).view_as(saliency)
+        kept = torch.tensor(self.n, device=saliency.device).expand(len(groups))
+        return _keep_largest(groups, kept).view_as(saliency)
 
 
 Pattern = Unstructured | NM
@@ -129,7 +131,7 @@ def as_pattern(spec: "Pattern | str | float") -> Pattern:
         raise ValueError(f'pattern must be N:M like "2:4" or a sparsity like 0.5, got {spec!r}{reason}') from None
 
 
-def keep_largest(saliency: Tensor, kept: list[int]) -> Tensor:
+def keep_largest(saliency: Tensor, kept: Sequence[int]) -> Tensor:
     """The kept[i] largest of row i, ties to the lower index, exactly.
 
     saliency  [rows, columns]
@@ -137,22 +139,8 @@ def keep_largest(saliency: Tensor, kept: list[int]) -> Tensor:
 
     Returns a bool tensor [rows, columns]. Raises ValueError on NaN.
     """
-    _refuse_nan(saliency)
-    rows, columns = saliency.shape
-    count = torch.tensor(kept, device=saliency.device)[:, None]
-    if rows == 1 and 0 < kept[0] < columns:
-        # one long row: selecting is linear, sorting is not
-        threshold = saliency.kthvalue(columns - kept[0] + 1, dim=1).values[:, None]
-    else:
-        ascending = torch.cat([saliency.sort(dim=1).values, saliency.new_full((rows, 1), math.inf)], dim=1)
-        threshold = ascending.gather(1, columns - count)
-    above = saliency > threshold
-    tied = saliency == threshold
-    room = count - above.sum(dim=1, keepdim=True)
-    return above | (tied & (tied.cumsum(dim=1) <= room))
+    return _keep_largest(saliency, torch.tensor(kept, dtype=torch.int64, device=saliency.device))
 
 
-def _refuse_nan(saliency: Tensor) -> None:
-    # NaN compares as neither larger nor smaller: it would break the counts and hide the fault that made it
-    if missing := int(saliency.isnan().sum()):
-        raise ValueError(f"saliency holds {missing} NaN values; check the weight and the statistics")
+def _keep_largest(saliency: Tensor, kept: Tensor) -> Tensor:
+    return pick(op.KERNELS, saliency).run(saliency, kept)

@@ -15,7 +15,7 @@ FORMATS = sorted(set((PACKAGE / "formats").glob("*.py")) - {PACKAGE / "formats/_
 
 # part -> the parts it may import; a part is a module of the package or a folder with all that is in it
 ARROWS = {
-    "pattern": set(),
+    "pattern": {"ops"},
     "stats": {"ops"},
     "formats": set(),
     "timing": set(),

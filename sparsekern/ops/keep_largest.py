@@ -1,0 +1,77 @@
+"""keep_largest: the mask of the largest saliencies of each set, counted exactly.
+
+The threshold is selected, not sorted for: on the CPU by radix select on the floats' bit pattern, which orders them as
+their values do. Of equal saliencies the lower index is kept, so that the same input always gives the same mask.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparsekern.ops import compiled
+from sparsekern.ops.kernel import Kernel, never_refuses
+
+
+def reference(saliency: Tensor, kept: Tensor) -> Tensor:
+    """The kept[i] largest of set i, ties to the lower index.
+
+    saliency  [sets, size]
+    kept      [sets] int64, each 0..size
+
+    Returns a bool tensor [sets, size]. Raises ValueError on NaN and on counts that are out of range.
+    """
+    _check(saliency, kept)
+    # NaN compares as neither larger nor smaller: it would break the counts and hide the fault that made it
+    _refuse_nan(int(saliency.isnan().sum()))
+    sets, size = saliency.shape
+    if sets == 1 and 0 < int(kept) < size:
+        # one long set: selecting is linear, sorting is not
+        threshold = saliency.kthvalue(size - int(kept) + 1, dim=1).values[:, None]
+    else:
+        ascending = torch.cat([saliency.sort(dim=1).values, saliency.new_full((sets, 1), math.inf)], dim=1)
+        threshold = ascending.gather(1, size - kept[:, None])
+    above = saliency > threshold
+    # with none to keep the threshold is infinite, and an infinite saliency only ties with it
+    tied = saliency == threshold
+    room = kept[:, None] - above.sum(dim=1, keepdim=True)
+    return above | (tied & (tied.cumsum(dim=1) <= room))
+
+
+def _cpu(saliency: Tensor, kept: Tensor) -> Tensor:
+    _check(saliency, kept)
+    saliency = saliency.contiguous()
+    mask = torch.empty(saliency.shape, dtype=torch.bool)
+    _refuse_nan(
+        compiled.cpu().keep_largest(
+            *(saliency.data_ptr(), kept.data_ptr(), kept.stride(0), mask.data_ptr()),
+            *(*saliency.shape, torch.get_num_threads()),
+        )
+    )
+    return mask
+
+
+def _cpu_refuses(saliency: Tensor) -> str | None:
+    if saliency.device.type != "cpu":
+        return f"saliency must be on the CPU, got {saliency.device}"
+    if saliency.dtype != torch.float32:
+        return f"saliency must be float32, got {saliency.dtype}"
+    if saliency.shape[1] >= 1 << 32:
+        return f"a set must be smaller than 2^32, got {saliency.shape[1]}"
+    return compiled.why_not("cpu")
+
+
+def _check(saliency: Tensor, kept: Tensor) -> None:
+    sets, size = saliency.shape
+    if kept.shape != (sets,) or kept.dtype != torch.int64:
+        raise ValueError(f"kept must be [{sets}] int64, got {list(kept.shape)} {kept.dtype}")
+    if sets and not 0 <= int(kept.min()) <= int(kept.max()) <= size:
+        raise ValueError(f"kept must lie in 0..{size}, got {int(kept.min())}..{int(kept.max())}")
+
+
+def _refuse_nan(missing: int) -> None:
+    if missing:
+        raise ValueError(f"saliency holds {missing} NaN values; check the weight and the statistics")
+
+
+KERNELS = (Kernel("cpu", _cpu, _cpu_refuses), Kernel("reference", reference, never_refuses))
