@@ -65,7 +65,7 @@ class Walk:
         self.never_called: list[str] = []
         self._model, self._statistic, self._device = model, statistic, hf.weight(layers[0][1]).device
         self._blocks = [_Block(name, module, layers) for name, module in hf.blocks(model)]
-        self._batches = _read(batches)
+        self._batches = read_batches(batches)
 
     def __iter__(self) -> Iterator[tuple[str, nn.Module, Any]]:
         traces = self._plain_forward()
@@ -84,7 +84,7 @@ class Walk:
                     # popped: the consumer's reference is the last
                     yield name, layer, stats.pop(name)
             if self.how == "replay" and trace is not traces[-1]:
-                with self._running():
+                with hf.evaluating(self._model):
                     for number in range(len(self._batches)):
                         outputs[block.stack, number] = self._forward(number, trace, done, outputs)
                 done.append(block)
@@ -92,7 +92,7 @@ class Walk:
     def _plain_forward(self) -> "list[_Trace]":
         """What an ordinary forward of the first batch does with each block, in the order they run."""
         ran: dict[str, _Trace] = {}
-        with self._running(), ExitStack() as watches:
+        with hf.evaluating(self._model), ExitStack() as watches:
             for block in self._blocks:
                 watches.enter_context(_Trace(block).watching(ran))
             args, kwargs = self._batch(0)
@@ -111,7 +111,7 @@ class Walk:
                 return f"{block.name} runs {trace.calls} times in one forward"
             replayed: dict[str, _Trace] = {}
             try:
-                with self._running(), _Trace(block).watching(replayed):
+                with hf.evaluating(self._model), _Trace(block).watching(replayed):
                     outputs[block.stack, 0] = self._forward(0, trace, done, outputs)
             except torch.OutOfMemoryError:
                 raise
@@ -134,7 +134,7 @@ class Walk:
     def _gather(self, trace: "_Trace", leaders: dict[str, str], done: "list[_Block]", outputs: dict) -> dict[str, Any]:
         """leaders: for each layer the one whose statistics it shares, perhaps its own."""
         stats: dict[str, Any] = {}
-        with self._running():
+        with hf.evaluating(self._model):
             for number in range(len(self._batches)):
                 reads = _Reads()
                 padding = _Padding(self._batches[number])
@@ -184,25 +184,6 @@ class Walk:
         if isinstance(batch, Tensor):
             return (batch.to(self._device),), extra
         return (), {key: _map(batch[key], lambda t: t.to(self._device)) for key in batch} | extra
-
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        """Eval mode, no gradients, no cache of keys and values; everything as before afterwards."""
-        training = {module: module.training for module in self._model.modules()}
-        config = getattr(self._model, "config", None)
-        use_cache = getattr(config, "use_cache", None)
-        # inference mode would hide whether a tensor was written to
-        with torch.inference_mode(False), torch.no_grad():
-            try:
-                self._model.eval()
-                if use_cache is not None:
-                    config.use_cache = False
-                yield
-            finally:
-                for module, mode in training.items():
-                    module.training = mode
-                if use_cache is not None:
-                    config.use_cache = use_cache
 
 
 class _StoppedError(Exception):
@@ -377,7 +358,7 @@ def _fingerprint(value: Any) -> Any:
     return value if isinstance(value, int | float | str | None) else type(value)
 
 
-def _read(batches: Iterable[Batch]) -> list[Batch]:
+def read_batches(batches: Iterable[Batch]) -> list[Batch]:
     """The batches on the CPU: a generator is used up, and a loader that fails does so before any weight changed."""
     kept, counted = [], 0
     for number, batch in enumerate(batches):

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -59,6 +60,31 @@ def skipped(model: nn.Module) -> list[tuple[str, str]]:
 def weight(layer: nn.Module) -> Tensor:
     """The layer's W [out_features, in_features]: a view, so writing to it changes the layer."""
     return layer.weight.data.T if isinstance(layer, Conv1D) else layer.weight.data
+
+
+def gradient(layer: nn.Module) -> Tensor:
+    """The gradient of `weight(layer)` [out_features, in_features]."""
+    return layer.weight.grad.T if isinstance(layer, Conv1D) else layer.weight.grad
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """While open: eval mode, no gradients, no cache of keys and values; everything as before afterwards."""
+    training = {module: module.training for module in model.modules()}
+    config = getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
+    # inference mode would hide whether a tensor was written to
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            model.eval()
+            if use_cache is not None:
+                config.use_cache = False
+            yield
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+            if use_cache is not None:
+                config.use_cache = use_cache
 
 
 def facts(model: nn.Module) -> dict[str, str | int]:
