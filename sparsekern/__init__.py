@@ -2,7 +2,7 @@
 
 from sparsekern.linear import SparseLinear, densify, sparsify
 from sparsekern.measure import measure
-from sparsekern.methods import Magnitude, SparseGPT, Wanda
+from sparsekern.methods import OBD, OBS, LayerOBD, Magnitude, SparseGPT, Wanda
 from sparsekern.oneshot import prune
 from sparsekern.pattern import NM, Unstructured, as_pattern
 from sparsekern.plan import Plan, Unmeasured
@@ -11,6 +11,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "NM",
+    "OBD",
+    "OBS",
+    "LayerOBD",
     "Magnitude",
     "Plan",
     "SparseGPT",

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from sparsekern import hf
 from sparsekern.calibrate import Walk
+from sparsekern.gradients import squared_gradients
 from sparsekern.pattern import Pattern, as_pattern
-from sparsekern.stats import Gram
+from sparsekern.stats import GradSquare, Gram
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def prune(
     calibration  batches of token ids [batch, tokens], or keyword batches for models that take something else; a method
                  that needs no statistics does without, and the report then holds no errors
     skip         names of layers to leave dense, with wildcards: "*.down_proj"
-    errors       gather a Gram matrix of every input for the report; False gathers only what the method needs
+    errors       gather a Gram matrix of every input for the report; False gathers only what the method needs. A method
+                 that needs gradients sees no inputs: its report holds no errors
     progress     show a progress bar on standard error
 
     Every layer is checked before the first weight changes. Raises ValueError naming the layer when the pattern does not
@@ -101,15 +103,22 @@ def prune(
     pattern = as_pattern(pattern)
     if method.needs is not None and calibration is None:
         raise ValueError(f"{type(method).__name__} needs calibration batches, got None; Magnitude() does without")
-    layers, skipped = select(model, pattern, skip)
+    layers, skipped = select(model, pattern, skip, method)
     report = PruneReport(repr(method), str(pattern), skipped=skipped)
-    statistic = Gram if errors else method.needs
-    walk = None if calibration is None or statistic is None else Walk(model, calibration, statistic)
-    visits = walk or ((name, layer, None) for name, layer in layers)
     names = {name for name, _ in layers}
+    differentiates = method.needs is GradSquare
+    statistic = None if differentiates else Gram if errors else method.needs
+    walk = None if calibration is None or statistic is None else Walk(model, calibration, statistic)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, disable=not progress, console=Console(stderr=True)) as bar:
         task = bar.add_task("pruning", total=len(layers))
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, description=f"gradient {done} of {total}")
+
+        visits = walk or ((name, layer, None) for name, layer in layers)
+        if differentiates:
+            visits = squared_gradients(model, calibration, names, show)
         for name, layer, stats in visits:
             if name in names:
                 bar.update(task, description=name)
@@ -119,15 +128,16 @@ def prune(
             del stats
     if walk is not None:
         report.calibration = walk.how + (f": {walk.why}" if walk.why else "")
-        report.skipped += [
-            (name, "never called on the calibration batches") for name in walk.never_called if name in names
-        ]
+    elif differentiates:
+        report.calibration = "gradients"
+    reached = {layer.name for layer in report.layers}
+    report.skipped += [(name, "never called on the calibration batches") for name, _ in layers if name not in reached]
     report.seconds = time.perf_counter() - started
     return report
 
 
 def select(
-    model: nn.Module, pattern: Pattern, skip: Iterable[str] = ()
+    model: nn.Module, pattern: Pattern, skip: Iterable[str] = (), method: Any = None
 ) -> tuple[list[tuple[str, nn.Module]], list[tuple[str, str]]]:
     """The layers that prune() would prune, checked, and those it would leave dense with the reason; both with names.
 
@@ -143,16 +153,18 @@ def select(
     if not layers:
         raise ValueError(f"{type(model).__name__} has no layer left to prune: {len(left)} skipped by name")
     for name, layer in layers:
-        _check(name, layer, pattern)
+        _check(name, layer, pattern, method)
     return layers, [*hf.skipped(model), *((name, "skipped by name") for name, _ in left)]
 
 
-def _check(name: str, layer: nn.Module, pattern: Pattern) -> None:
+def _check(name: str, layer: nn.Module, pattern: Pattern, method: Any) -> None:
     weight = hf.weight(layer)
     if weight.is_meta:
         raise ValueError(f"{name}: weight is on the meta device; load the model without offloading (device_map=None)")
     try:
         pattern.check(weight.shape[1])
+        if hasattr(method, "check"):
+            method.check(weight.shape[1], pattern)
     except ValueError as error:
         raise ValueError(f"{name}: {error}; leave the layer dense with skip") from None
     if not weight.isfinite().all():

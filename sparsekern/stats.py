@@ -163,6 +163,29 @@ class _Factor:
     retries: int
 
 
+class GradSquare:
+    """How much the loss feels each weight: the mean of its squared gradients (empirical Fisher).
+
+    `mean_square` [out_features, in_features] float32 over `samples` gradients, one a calibration sequence.
+    """
+
+    def __init__(self, out_features: int, in_features: int, device: torch.device | str = "cpu"):
+        self.samples = 0
+        self._squares = torch.zeros(out_features, in_features, device=device)
+
+    def add(self, gradient: Tensor | None) -> None:
+        """Count one gradient [out_features, in_features] in; None is zero. Raises ValueError on NaN or inf."""
+        if gradient is not None:
+            if not gradient.isfinite().all():
+                raise ValueError(f"gradient holds {int((~gradient.isfinite()).sum())} NaN or infinite values")
+            self._squares += gradient.float().square()
+        self.samples += 1
+
+    @property
+    def mean_square(self) -> Tensor:
+        return self._squares / max(self.samples, 1)
+
+
 def _split(x: Tensor) -> tuple[Tensor, Tensor]:
     """The tokens to solve with and those held out."""
     seen = len(x) - len(x) // HELD_OUT_PARTS

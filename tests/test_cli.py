@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from sparsekern.cli import app
 from sparsekern.demo import MODEL
+from sparsekern.methods import METHODS
 
 CALIBRATION, HELDOUT = str(MODEL / "calibration.txt"), str(MODEL / "heldout.txt")
 SMALL = ("--samples", "4", "--seqlen", "64")
@@ -117,7 +118,7 @@ BAD = {
     "missing text": ((*PRUNE, "--calibration", f"{NOWHERE}.txt"), "no such file"),
     "short text": ((*PRUNE, "--calibration", TOO_SHORT), "a window needs 64 tokens"),
     "no calibration": (PRUNE, "method sparsegpt needs --calibration"),
-    "unknown method": ((*PRUNE, "--method", "magic"), "method must be one of magnitude, wanda, sparsegpt, got 'magic'"),
+    "unknown method": ((*PRUNE, "--method", "magic"), f"method must be one of {', '.join(METHODS)}, got 'magic'"),
     "unknown pattern": ((*CALIBRATED, "--pattern", "half"), "pattern must be N:M"),
     "sparsity out of range": ((*CALIBRATED, "--pattern", "1.5"), "must lie in 0..1, got 1.5"),
     "odd group": ((*CALIBRATED, "--pattern", "2:7"), "multiple of 7, got 256"),

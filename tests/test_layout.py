@@ -27,14 +27,15 @@ ARROWS = {
     "methods": {"pattern", "stats", "ops"},
     "hf": set(),
     "calibrate": {"hf", "stats"},
-    "oneshot": {"pattern", "stats", "methods", "calibrate", "hf"},
+    "gradients": {"hf", "stats", "calibrate"},
+    "oneshot": {"pattern", "stats", "methods", "calibrate", "gradients", "hf"},
     "lottery": {"pattern", "methods"},
     "plan": {"formats", "ops", "measure", "timing"},
     "linear": {"formats", "ops", "measure", "plan"},
     "checkpoint": {"formats", "linear", "hf"},
 }
 # the two halves meet in an ordinary nn.Linear whose weight holds zeros, and nowhere else
-PRUNE, RUN = {"calibrate", "methods", "oneshot", "lottery"}, {"formats", "linear", "plan"}
+PRUNE, RUN = {"calibrate", "gradients", "methods", "oneshot", "lottery"}, {"formats", "linear", "plan"}
 # commands and what they are made of: they may import everything, and of the rest only each other imports them
 DOORS = {"card", "cli", "demo", "doctor", "endtoend", "inspect", "preview", "speed"}
 # foreign thing -> where it is let in

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsekern.stats import Gram, InputNorm
+from sparsekern.stats import GradSquare, Gram, InputNorm
 
 
 def tokens(count, in_features, seed=0):
@@ -184,3 +184,21 @@ def test_what_is_read_between_two_batches_is_whole():
         gram.add(part)
         assert torch.equal(gram.hessian, gram.hessian.T)
         assert torch.equal(gram.held_out_hessian, gram.held_out_hessian.T)
+
+
+def test_grad_square_is_the_mean_over_all_samples_of_squares_that_none_leaves_at_zero():
+    stats = GradSquare(1, 2)
+    stats.add(torch.tensor([[3.0, -1.0]]))
+    stats.add(torch.tensor([[1.0, -1.0]], dtype=torch.bfloat16))
+    stats.add(None)
+    stats.add(None)
+    assert stats.mean_square.tolist() == [[2.5, 0.5]]
+    assert stats.samples == 4
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_mean():
+    stats = GradSquare(1, 2)
+    with pytest.raises(ValueError, match="gradient holds 1 NaN or infinite"):
+        stats.add(torch.tensor([[torch.nan, 1.0]]))
+    assert stats.samples == 0
+    assert stats.mean_square.eq(0).all()

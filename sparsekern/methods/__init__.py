@@ -1,9 +1,18 @@
 """Pruning methods: a frozen dataclass holds the settings, prune(weight, stats, pattern) returns the pruned weight."""
 
 from sparsekern.methods.magnitude import Magnitude
+from sparsekern.methods.obd import OBD, LayerOBD
+from sparsekern.methods.obs import OBS
 from sparsekern.methods.sparsegpt import SparseGPT
 from sparsekern.methods.wanda import Wanda
 
-METHODS = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT}
+METHODS = {
+    "magnitude": Magnitude,
+    "obd": OBD,
+    "layer-obd": LayerOBD,
+    "obs": OBS,
+    "wanda": Wanda,
+    "sparsegpt": SparseGPT,
+}
 
-__all__ = ["METHODS", "Magnitude", "SparseGPT", "Wanda"]
+__all__ = ["METHODS", "OBD", "OBS", "LayerOBD", "Magnitude", "SparseGPT", "Wanda"]

@@ -17,6 +17,10 @@ class Magnitude:
 
     needs: ClassVar[None] = None
 
+    def saliency(self, weight: Tensor, stats: object) -> Tensor:
+        """|W| [out_features, in_features] float32; `stats` is not looked at."""
+        return weight.float().abs()
+
     def prune(self, weight: Tensor, stats: object, pattern: Pattern) -> Tensor:
-        """The pruned weight [out_features, in_features] in its own dtype; `stats` is not looked at."""
-        return weight.where(pattern.with_scope("layer").mask(weight.float().abs()), 0.0)
+        """The pruned weight [out_features, in_features] in its own dtype."""
+        return weight.where(pattern.with_scope("layer").mask(self.saliency(weight, stats)), 0.0)

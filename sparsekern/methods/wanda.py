@@ -20,6 +20,12 @@ class Wanda:
 
     needs: ClassVar[type] = InputNorm
 
+    def saliency(self, weight: Tensor, stats: InputNorm | Gram) -> Tensor:
+        """|W| ||X|| [out_features, in_features] float32; -1 for a weight that is zero."""
+        # any weight on a dead input is worth nothing either, but what is pruned already goes first
+        return (weight.float().abs() * stats.norm).where(weight != 0, -1.0)
+
     def prune(self, weight: Tensor, stats: InputNorm | Gram, pattern: Pattern) -> Tensor:
-        """The pruned weight [out_features, in_features] in its own dtype."""
-        return weight.where(pattern.with_scope("row").mask(weight.float().abs() * stats.norm), 0.0)
+        """The pruned weight [out_features, in_features] in its own dtype; nothing stays on a dead input."""
+        mask = pattern.with_scope("row").mask(self.saliency(weight, stats))
+        return weight.where(mask & (stats.norm > 0), 0.0)
