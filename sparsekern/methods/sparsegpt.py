@@ -46,10 +46,14 @@ class SparseGPT:
 
         A weight that is zero before stays zero, so an existing mask is kept and pruning twice changes nothing.
 
-        Raises ValueError when N:M's M does not divide block_size; RuntimeError when H cannot be factored.
+        Raises ValueError when N:M's M does not divide block_size or a weight is not finite; RuntimeError when H
+        cannot be factored.
         """
         if isinstance(pattern, NM) and self.block_size % pattern.m:
             raise ValueError(f"block_size {self.block_size} is not a multiple of the group of pattern {pattern}")
+        pattern.check(weight.shape[1])
+        if not weight.isfinite().all():
+            raise ValueError(f"weight holds {int((~weight.isfinite()).sum())} NaN or infinite values")
         pattern = pattern.with_scope("block")
         u, _ = stats.inverse_cholesky(self.damping)
         # what multiplies an input that was never active does nothing
