@@ -1,0 +1,88 @@
+"""Symmetric integer grids: a weight of b bits is an integer of -(2^(b-1) - 1) .. 2^(b-1) - 1 times a scale.
+
+A row has one scale, or one for every `group_size` neighbouring inputs.
+"""
+
+import torch
+from torch import Tensor
+
+BITS = (4, 8)
+# the largest weight of a row at 4 bits is best cut by a sixth or so; no row was seen to gain from less than half
+_SHRINK = torch.linspace(1.0, 0.5, 26)
+# rows whose candidates the cache holds
+_ROWS = 64
+
+
+def levels(bits: int) -> int:
+    """The largest integer: 7 for 4 bits, 127 for 8."""
+    return (1 << bits - 1) - 1
+
+
+def check(bits: int | None, group_size: int | None, block_size: int | None = None) -> None:
+    """Raises ValueError for settings of a method that no grid has."""
+    if bits not in (*BITS, None):
+        raise ValueError(f"bits must be 4, 8 or None, got {bits}")
+    if group_size is not None and (bits is None or group_size < 1):
+        raise ValueError(f"group_size goes with bits and must be at least 1, got {group_size} with bits {bits}")
+    if group_size is not None and block_size is not None and group_size % block_size:
+        raise ValueError(f"group_size must be a multiple of block_size {block_size}, got {group_size}")
+
+
+def best_scale(weight: Tensor, importance: Tensor, largest: int) -> Tensor:
+    """The scale of each row with the least squared rounding error, among 26 of 0.5 to 1 times the largest weight's.
+
+    weight      [rows, columns] float32
+    importance  [rows, columns] or [columns], what a squared error counts; 0 where a weight will be pruned
+    largest     the largest integer of the grid
+
+    Returns [rows], 0 for a row of zeros.
+    """
+    importance = importance.expand_as(weight)
+    scales = []
+    for w, factor in zip(weight.split(_ROWS), importance.split(_ROWS), strict=True):
+        most = w.abs().where(factor > 0, 0.0).amax(dim=1) / largest
+        best, least = most.clone(), torch.full_like(most, torch.inf)
+        for shrink in _SHRINK.tolist():
+            scale = most * shrink
+            error = ((nearest(w, scale[:, None], largest) - w).square_() * factor).sum(dim=1)
+            best = torch.where(error < least, scale, best)
+            least = torch.minimum(error, least)
+        scales.append(best)
+    return torch.cat(scales) if scales else weight.new_zeros(0)
+
+
+def nearest(weight: Tensor, scale: Tensor, largest: int) -> Tensor:
+    """The nearest grid values, half to even; a scale of 0 has only 0."""
+    steps = (weight / scale).round_().clamp_(-largest, largest)
+    return (steps * scale).where(scale != 0, 0.0) + 0.0
+
+
+def recover(weight: Tensor, bits: int, group_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """The integers and scales that a weight on the grid was made from, or coarser ones that give the same weight.
+
+    weight  [out_features, in_features] float32; rounded to half precision, 8 bits cannot be told apart any more
+
+    Returns the integers [out_features, in_features] int8 and the scales [out_features, groups] float32. Raises
+    ValueError naming the row and group that lies on no such grid.
+    """
+    rows, columns = weight.shape
+    size = group_size or max(columns, 1)
+    if columns % size:
+        raise ValueError(f"in_features must be a multiple of group_size {size}, got {columns}")
+    groups = weight.float().reshape(-1, size)
+    most = groups.abs().amax(dim=1)
+    scale, found = torch.zeros_like(most), most == 0
+    for integer in range(1, levels(bits) + 1):
+        candidate = most / integer
+        steps = groups / candidate[:, None]
+        # a grid that is not the row's misses some weight by 1 / levels of a step at the least
+        fits = ((steps - steps.round()).abs().amax(dim=1) < 0.25 / levels(bits)) & ~found
+        scale, found = torch.where(fits, candidate, scale), found | fits
+    if not found.all():
+        first = int((~found).nonzero()[0])
+        row, group = divmod(first, columns // size)
+        raise ValueError(
+            f"row {row}, group {group} does not lie on a grid of {bits} bits ({int((~found).sum())} groups like this)"
+        )
+    steps = (groups / scale[:, None]).where(scale[:, None] != 0, 0.0).round()
+    return steps.to(torch.int8).view(rows, columns), scale.view(rows, -1)
