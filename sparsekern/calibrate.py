@@ -21,9 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern import hf
-
-# token ids, or what the model's forward takes by keyword
-Batch = Tensor | Mapping[str, Any]
+from sparsekern.batches import Batch, Padding, map_tensors, read_batches
+from sparsekern.experts import Expert, RoutedTokens, borrow
 
 # what a block raises when replay feeds it something that its model never would
 REPLAY_FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
@@ -37,13 +36,15 @@ class Walk:
                CPU. Tokens where attention_mask is 0 do not count
     statistic  InputNorm, Gram or alike: called with (in_features, device), then add(x [tokens, in_features])
 
-    Layers that read the same tensor (q, k, v) share one stats object. A layer may be changed from when it is yielded
-    until the next block's first layer is asked for. Whoever drops `stats` by then has never more than one block's
-    statistics alive. Between two layers the model is as it was given: no hooks, its own training mode.
+    Layers that read the same tensor (q, k, v) share one stats object. An expert of a 3-D parameter (hf.Expert) counts
+    the tokens routed to it, and borrows when those are few (experts.borrow). A layer may be changed from when it is
+    yielded until the next block's first layer is asked for. Whoever drops `stats` by then has never more than one
+    block's statistics alive. Between two layers the model is as it was given: no hooks, its own training mode.
 
     blocks, layers  names, as they stand in the model; for a progress bar
     how, why        "replay" or "prefix", and why not replay; None before the walk has begun
     never_called    layers that no token has reached: they are not yielded
+    borrowed        what the statistics of experts with too few tokens are made of, by name
 
     Raises ValueError for no batches, an empty one, nothing but padding, no layer to prune, or weights on the meta
     device; TypeError for a model without blocks. A NaN or infinite activation raises ValueError with the layer and the
@@ -63,11 +64,12 @@ class Walk:
         self.how: str | None = None
         self.why: str | None = None
         self.never_called: list[str] = []
+        self.borrowed: dict[str, str] = {}
         self._model, self._statistic, self._device = model, statistic, hf.weight(layers[0][1]).device
         self._blocks = [_Block(name, module, layers) for name, module in hf.blocks(model)]
         self._batches = read_batches(batches)
 
-    def __iter__(self) -> Iterator[tuple[str, nn.Module, Any]]:
+    def __iter__(self) -> Iterator[tuple[str, hf.Layer, Any]]:
         traces = self._plain_forward()
         self.why = self._why_not_replay(traces)
         self.how = "prefix" if self.why else "replay"
@@ -78,6 +80,7 @@ class Walk:
         for trace in traces:
             block = trace.block
             stats = self._collect(trace, done, outputs)
+            self.borrowed |= borrow(block.experts, stats, self._statistic)
             self.never_called += [name for name in block.layers if name not in stats]
             for name, layer in block.layers.items():
                 if name in stats:
@@ -137,22 +140,28 @@ class Walk:
         with hf.evaluating(self._model):
             for number in range(len(self._batches)):
                 reads = _Reads()
-                padding = _Padding(self._batches[number])
+                padding = Padding(self._batches[number])
 
-                def read(name: str, x: Tensor, number=number, reads=reads, padding=padding) -> None:
-                    reads.note(name, x)
-                    tokens = padding.removed(x)
-                    if leaders[name] != name or not len(tokens):
-                        return
-                    if name not in stats:
-                        layer = trace.block.layers[name]
-                        stats[name] = self._statistic(hf.weight(layer).shape[1], layer.weight.device)
+                def add(name: str, remove: Callable[..., Tensor], *x: Any, number=number) -> None:
                     try:
-                        stats[name].add(tokens)
+                        tokens = remove(*x)
+                        if len(tokens) and name not in stats:
+                            layer = trace.block.layers[name]
+                            stats[name] = self._statistic(hf.weight(layer).shape[1], layer.weight.device)
+                        if len(tokens):
+                            stats[name].add(tokens)
                     except ValueError as error:
                         raise ValueError(f"{name}: calibration batch {number}: {error}") from error
 
-                with _watched(trace.block, enter=padding.enter, read=read, leave=reads.forget):
+                def read(name: str, x: Tensor, reads=reads, add=add, padding=padding) -> None:
+                    reads.note(name, x)
+                    if leaders[name] == name:
+                        add(name, padding.removed, x)
+
+                def routed(name: str, *x: Any, add=add, padding=padding) -> None:
+                    add(name, padding.removed_from_some, *x)
+
+                with _watched(trace.block, padding.enter, read, reads.forget, routed):
                     self._forward(number, trace, done, outputs)
                 if any(reads.of(name) != reads.of(leader) for name, leader in leaders.items()):
                     raise _LayersPartedError
@@ -183,7 +192,7 @@ class Walk:
         extra = {"use_cache": False} if "use_cache" in inspect.signature(self._model.forward).parameters else {}
         if isinstance(batch, Tensor):
             return (batch.to(self._device),), extra
-        return (), {key: _map(batch[key], lambda t: t.to(self._device)) for key in batch} | extra
+        return (), {key: map_tensors(batch[key], lambda t: t.to(self._device)) for key in batch} | extra
 
 
 class _StoppedError(Exception):
@@ -199,11 +208,12 @@ class _LayersPartedError(Exception):
 
 
 class _Block:
-    def __init__(self, name: str, module: nn.Module, layers: list[tuple[str, nn.Module]]):
+    def __init__(self, name: str, module: nn.Module, layers: list[tuple[str, hf.Layer]]):
         self.name, self.module = name, module
         # blocks of one ModuleList hand on to each other; an encoder's last output is still read when a decoder runs
         self.stack = name.rpartition(".")[0]
         self.layers = {layer_name: layer for layer_name, layer in layers if layer_name.startswith(f"{name}.")}
+        self.experts = {layer_name: layer for layer_name, layer in self.layers.items() if isinstance(layer, Expert)}
 
 
 class _Trace:
@@ -255,35 +265,18 @@ class _Reads:
         self._alive.clear()
 
 
-class _Padding:
-    """Removes padding tokens from what a block's layers read, where a mask of the batch fits."""
-
-    def __init__(self, batch: Batch):
-        self._batch = batch if isinstance(batch, Mapping) else {}
-        self._encoded: Tensor | None = None
-
-    def enter(self, arguments: Mapping[str, Any]) -> None:
-        self._encoded = arguments.get("encoder_hidden_states")
-
-    def removed(self, x: Tensor) -> Tensor:
-        """The tokens of x that count [tokens, in_features]."""
-        tokens = x.reshape(-1, x.shape[-1])
-        # a decoder's cross attention reads the encoder's tokens, the rest of the decoder its own
-        decoder = self._encoded is not None and x.data_ptr() != self._encoded.data_ptr()
-        mask = self._batch.get("decoder_attention_mask" if decoder else "attention_mask")
-        if mask is None or mask.dim() != 2 or x.shape[:-1] not in (mask.shape, (mask.numel(),)):
-            return tokens
-        return tokens[mask.reshape(-1).to(x.device) != 0]
-
-
 @contextmanager
 def _watched(
     block: _Block,
     enter: Callable[[Mapping[str, Any]], None] = lambda arguments: None,
     read: Callable[[str, Tensor], None] | None = None,
     leave: Callable[[Any], None] = lambda output: None,
+    routed: Callable[[str, Tensor, Tensor | None, int], None] | None = None,
 ) -> Iterator[None]:
-    """While open, call `enter` with the block's arguments by name, `read` with its layers' inputs, `leave` after it."""
+    """While open, call `enter` with the block's arguments by name, `read` with its layers' inputs, `leave` after it.
+
+    routed  as RoutedTokens calls it, for the block's experts
+    """
     running = False
 
     def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -307,7 +300,10 @@ def _watched(
     with ExitStack() as hooks:
         hooks.callback(block.module.register_forward_pre_hook(before, with_kwargs=True).remove)
         hooks.callback(block.module.register_forward_hook(after).remove)
-        for name, layer in block.layers.items() if read is not None else ():
+        if routed is not None and block.experts:
+            hooks.enter_context(RoutedTokens(block.experts, lambda *what: routed(*what) if running else None))
+        layers = {name: layer for name, layer in block.layers.items() if name not in block.experts}
+        for name, layer in layers.items() if read is not None else ():
             hooks.callback(layer.register_forward_pre_hook(reader(name), with_kwargs=True).remove)
         yield
 
@@ -317,7 +313,7 @@ def _returning(module: nn.Module, output: Any) -> Iterator[None]:
     """While open, the module does nothing but return a copy of `output`."""
     own = module.__dict__.get("forward")
     # a copy: what comes after may write to it
-    module.forward = lambda *args, **kwargs: _map(output, Tensor.clone)
+    module.forward = lambda *args, **kwargs: map_tensors(output, Tensor.clone)
     try:
         yield
     finally:
@@ -334,18 +330,6 @@ def _by_name(module: nn.Module, args: tuple, kwargs: dict) -> Mapping[str, Any]:
         return {**{str(position): value for position, value in enumerate(args)}, **kwargs}
 
 
-def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with every tensor in it changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if type(value) in (tuple, list):
-        return type(value)(_map(item, change) for item in value)
-    if isinstance(value, dict):
-        # a ModelOutput is a dict that is made from keywords
-        return type(value)(**{key: _map(item, change) for key, item in value.items()})
-    return value
-
-
 def _fingerprint(value: Any) -> Any:
     """Equal for equal values, tensors bit for bit, at the size of a hash."""
     if isinstance(value, Tensor):
@@ -356,26 +340,3 @@ def _fingerprint(value: Any) -> Any:
     if isinstance(value, Mapping):
         return tuple((key, _fingerprint(item)) for key, item in value.items())
     return value if isinstance(value, int | float | str | None) else type(value)
-
-
-def read_batches(batches: Iterable[Batch]) -> list[Batch]:
-    """The batches on the CPU: a generator is used up, and a loader that fails does so before any weight changed."""
-    kept, counted = [], 0
-    for number, batch in enumerate(batches):
-        if isinstance(batch, Mapping):
-            tensors = [item for item in batch.values() if isinstance(item, Tensor)]
-        elif isinstance(batch, Tensor) and batch.dim() == 2 and not batch.is_floating_point():
-            tensors = [batch]
-        else:
-            got = f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
-            raise ValueError(f"calibration batch {number} must be token ids [batch, tokens] or a dict, got {got}")
-        if not tensors or not all(tensor.numel() for tensor in tensors):
-            raise ValueError(f"calibration batch {number} holds no tokens")
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        counted += 1 if mask is None else int(mask.count_nonzero())
-        kept.append(_map(dict(batch) if isinstance(batch, Mapping) else batch, lambda t: t.detach().cpu()))
-    if not kept:
-        raise ValueError("calibration needs at least one batch, got none")
-    if not counted:
-        raise ValueError("calibration batches hold nothing but padding: attention_mask is 0 everywhere")
-    return kept

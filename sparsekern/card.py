@@ -23,7 +23,7 @@ def model_card(
         "---",
         f"# {source}, pruned {report.pattern}",
         "",
-        f"The weights of {len(report.layers)} Linear layers hold {report.sparsity:.2%} zeros. They are stored like any",
+        f"The weights of {len(report.layers)} layers hold {report.sparsity:.2%} zeros. They are stored like any",
         "other weight, so this checkpoint loads in plain transformers, at the size and speed of the dense model. It",
         "gets faster when its layers are packed: `sparsekern.sparsify(model)`.",
         "",

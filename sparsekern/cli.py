@@ -250,6 +250,7 @@ def _prune_tables(report: PruneReport, perplexity: dict[str, Perplexity] | None)
         shape = f"{row.out_features} x {row.in_features}"
         table.add_row(row.name, shape, f"{row.sparsity:.2%}", *errors, dead, f"{row.seconds:.2f}")
     lines = [f"stays dense: {name}: {reason}" for name, reason in report.skipped]
+    lines += [f"statistics of {row.name}: {row.fallback}" for row in report.layers if row.fallback]
     if perplexity is not None:
         lines.append(f"perplexity {perplexity['before']} -> {perplexity['after']}")
     return [table, *lines, str(report)]

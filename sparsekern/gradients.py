@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparsekern import hf
-from sparsekern.calibrate import Batch, read_batches
+from sparsekern.batches import Batch, read_batches
+from sparsekern.experts import Expert
 from sparsekern.stats import GradSquare
 
 
@@ -24,8 +25,9 @@ def squared_gradients(
     batches: Iterable[Batch],
     names: Container[str] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Iterator[tuple[str, nn.Module, GradSquare]]:
-    """The mean squared gradient of every layer's weight, as (name, layer, stats); layers the loss ignores are left out.
+) -> Iterator[tuple[str, hf.Layer, GradSquare]]:
+    """The mean squared gradient of every layer's weight, as (name, layer, stats); layers the loss ignores are left out,
+    experts that no token reaches among them.
 
     model     its forward takes labels and returns an object with the mean loss of one sequence as `loss`
     batches   tensors [batch, tokens] of token ids, which are their own labels, or dicts of what forward takes by
@@ -46,15 +48,18 @@ def squared_gradients(
     cut = [list(_sequences(number, batch)) for number, batch in enumerate(read_batches(batches))]
     total, done = sum(map(len, cut)), 0
     stats = {name: GradSquare(*hf.weight(layer).shape, layer.weight.device) for name, layer in layers}
+    held: dict[nn.Parameter, list[tuple[str, hf.Layer]]] = {}
+    for name, layer in layers:
+        held.setdefault(hf.parameter(layer), []).append((name, layer))
     reached: set[str] = set()
-    with hf.evaluating(model), _checkpointed(model), _differentiable(model, layers):
+    with hf.evaluating(model), _checkpointed(model), _differentiable(model, held):
         for number, sequences in enumerate(cut):
             for sequence in sequences:
                 missing = dict(layers)
                 with ExitStack() as hooks:
-                    for name, layer in layers:
-                        hook = _accumulator(name, layer, stats[name], missing, number)
-                        hooks.callback(layer.weight.register_post_accumulate_grad_hook(hook).remove)
+                    for parameter, inside in held.items():
+                        hook = _accumulator(inside, stats, missing, number)
+                        hooks.callback(parameter.register_post_accumulate_grad_hook(hook).remove)
                     loss = _loss(model, sequence, "use_cache" in parameters, number)
                     # it does not when no wanted layer took part
                     if loss.requires_grad:
@@ -69,7 +74,7 @@ def squared_gradients(
             yield name, layer, stats.pop(name)
 
 
-def _check(name: str, layer: nn.Module) -> None:
+def _check(name: str, layer: hf.Layer) -> None:
     if layer.weight.is_meta:
         raise ValueError(f"{name}: weight is on the meta device; load the model without device_map offloading")
     if layer.weight.dtype == torch.float16:
@@ -107,29 +112,33 @@ def _loss(model: nn.Module, sequence: Mapping[str, Any], takes_use_cache: bool, 
 
 
 def _accumulator(
-    name: str, layer: nn.Module, stats: GradSquare, missing: dict[str, nn.Module], number: int
+    layers: list[tuple[str, hf.Layer]], stats: dict[str, GradSquare], missing: dict[str, hf.Layer], number: int
 ) -> Callable[[Tensor], None]:
-    """What squares a layer's gradient into `stats`, frees it, and takes the layer off `missing`."""
+    """What squares the gradient of one parameter's layers into `stats`, frees it, and takes them off `missing`."""
 
     def hook(parameter: Tensor) -> None:
-        try:
-            stats.add(hf.gradient(layer))
-        except ValueError as error:
-            raise ValueError(f"{name}: calibration batch {number}: {error}") from error
+        for name, layer in layers:
+            gradient = hf.gradient(layer)
+            # the experts of a parameter get their gradients together, reached or not
+            if isinstance(layer, Expert) and not gradient.any():
+                continue
+            try:
+                stats[name].add(gradient)
+            except ValueError as error:
+                raise ValueError(f"{name}: calibration batch {number}: {error}") from error
+            del missing[name]
         parameter.grad = None
-        del missing[name]
 
     return hook
 
 
 @contextmanager
-def _differentiable(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> Iterator[None]:
+def _differentiable(model: nn.Module, wanted: Container[nn.Parameter]) -> Iterator[None]:
     """While open, the layers' weights and nothing else take gradients."""
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    wanted = {id(layer.weight) for _, layer in layers}
     try:
         for parameter, _, _ in before:
-            parameter.requires_grad_(id(parameter) in wanted)
+            parameter.requires_grad_(parameter in wanted)
             parameter.grad = None
         with torch.enable_grad():
             yield

@@ -1,6 +1,7 @@
 """hf: the one module that knows transformers: where a model's blocks and layers are, how models are loaded and saved.
 
-A layer can be pruned when its forward is exactly x W^T + b: nn.Linear, and transformers' Conv1D, which holds W^T.
+A layer can be pruned when its forward is exactly x W^T + b: nn.Linear, transformers' Conv1D, which holds W^T, and each
+expert's matrix where a mixture of experts keeps them in one 3-D parameter.
 Blocks are found by structure (the outermost ModuleLists), so that a plain nn.Module works as well.
 """
 
@@ -19,6 +20,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
+
+from sparsekern.experts import Expert, UnreadableExpertsError, orientation
+
+# one weight matrix W that x is multiplied by
+Layer = nn.Module | Expert
 
 TOKENIZER_FILES = ("*token*", "vocab*", "*.model")
 # what transformers raises on a config.json that makes no sense
@@ -43,9 +49,10 @@ def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return list(reversed(found.values()))
 
 
-def layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def layers(model: nn.Module) -> list[tuple[str, Layer]]:
     """The layers that can be pruned, with their full names, block by block.
 
+    Experts that lie in one 3-D parameter are a layer each, e.g. model.layers.0.mlp.experts.gate_up_proj.3.
     Never the output embeddings, tied weights, routers of experts, or anything outside the blocks; `skipped` says why.
     Raises TypeError when the model has no blocks.
     """
@@ -57,24 +64,34 @@ def skipped(model: nn.Module) -> list[tuple[str, str]]:
     return [(name, reason) for name, _, reason in _verdicts(model) if reason is not None]
 
 
-def weight(layer: nn.Module) -> Tensor:
+def weight(layer: Layer) -> Tensor:
     """The layer's W [out_features, in_features]: a view, so writing to it changes the layer."""
+    if isinstance(layer, Expert):
+        return layer.weight
     return layer.weight.data.T if isinstance(layer, Conv1D) else layer.weight.data
 
 
-def gradient(layer: nn.Module) -> Tensor:
+def parameter(layer: Layer) -> nn.Parameter:
+    """The parameter that holds the layer's weight, alone or with other experts'."""
+    return getattr(layer.module, layer.parameter) if isinstance(layer, Expert) else layer.weight
+
+
+def gradient(layer: Layer) -> Tensor:
     """The gradient of `weight(layer)` [out_features, in_features]."""
-    return layer.weight.grad.T if isinstance(layer, Conv1D) else layer.weight.grad
+    grad = parameter(layer).grad
+    if isinstance(layer, Expert):
+        return grad[layer.index].T if layer.transposed else grad[layer.index]
+    return grad.T if isinstance(layer, Conv1D) else grad
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """While open: eval mode, no gradients, no cache of keys and values; everything as before afterwards."""
+    """While open: eval mode, no gradients, no cache of keys and values, experts one by one; as before afterwards."""
     training = {module: module.training for module in model.modules()}
     config = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
     # inference mode would hide whether a tensor was written to
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), one_by_one(model):
         try:
             model.eval()
             if use_cache is not None:
@@ -96,6 +113,20 @@ def facts(model: nn.Module) -> dict[str, str | int]:
         "parameters": sum(parameter.numel() for parameter in parameters),
         "dtype": str(parameters[0].dtype).removeprefix("torch.") if parameters else "none",
     }
+
+
+@contextmanager
+def one_by_one(model: nn.Module) -> Iterator[None]:
+    """While open, each expert is multiplied by on its own, whatever fused way the model's config has chosen."""
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    chosen = [(c, way) for c in configs.values() if (way := getattr(c, "_experts_implementation_internal", None))]
+    try:
+        for config, _ in chosen:
+            config._experts_implementation_internal = "eager"
+        yield
+    finally:
+        for config, way in chosen:
+            config._experts_implementation_internal = way
 
 
 def positions(model: nn.Module) -> int | None:
@@ -214,8 +245,8 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def _verdicts(model: nn.Module) -> list[tuple[str, nn.Module, str | None]]:
-    """Every matrix of the model: its name, its module, and why it is not pruned (None: it is). Blocks come first."""
+def _verdicts(model: nn.Module) -> list[tuple[str, Layer, str | None]]:
+    """Every matrix of the model: its name, its layer, and why it is not pruned (None: it is). Blocks come first."""
     inside = {}
     for block_name, block in blocks(model):
         for name, module in block.named_modules(prefix=block_name):
@@ -226,32 +257,46 @@ def _verdicts(model: nn.Module) -> list[tuple[str, nn.Module, str | None]]:
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     verdicts = []
     for name, module in [*inside.values(), *outside.values()]:
-        if not _is_linear(module):
-            verdicts += [
-                (f"{name}.{own}".removesuffix(".weight"), module, _not_a_layer(f"{name}.{own}", module, parameter))
-                for own, parameter in module.named_parameters(recurse=False)
-                if parameter.dim() >= 2
-            ]
-            continue
+        reason = None
         if module is output:
             reason = "output embeddings"
         elif any(owners[id(parameter)] > 1 for parameter in module.parameters(recurse=False)):
             reason = "tied: its weight belongs to another module as well"
         elif id(module) not in inside:
             reason = "outside the blocks"
+        if _is_linear(module):
+            verdicts.append((name, module, reason or _refusal(model, name, module)))
         else:
-            reason = _refusal(model, name, module)
-        verdicts.append((name, module, reason))
+            verdicts += _stacks(model, name, module, reason)
     return verdicts
+
+
+def _stacks(model: nn.Module, name: str, module: nn.Module, reason: str | None) -> Iterator[tuple]:
+    """The verdicts on the parameters of a module that is no linear layer: those of experts hold a layer each."""
+    transposed: dict[str, bool] = {}
+    for own, parameter in module.named_parameters(recurse=False):
+        if parameter.dim() < 2:
+            continue
+        full = f"{name}.{own}"
+        refused = _not_a_layer(full, module, parameter) or reason or _refusal_of_experts(model, full, module, parameter)
+        if refused is None and not transposed:
+            try:
+                with one_by_one(module):
+                    transposed = orientation(module)
+            except UnreadableExpertsError as error:
+                refused = f"experts in one 3-D parameter: {error}"
+        if refused is None:
+            for index in range(len(parameter)):
+                yield f"{full.removesuffix('.weight')}.{index}", Expert(module, own, index, transposed[own]), None
+        else:
+            yield full.removesuffix(".weight"), module, refused
 
 
 def _refusal(model: nn.Module, name: str, layer: nn.Module) -> str | None:
     """Why the layer's output is not simply x W^T + b, or must not be touched; None when it may be pruned."""
+    if adapted := _adapted(model, name):
+        return adapted
     *path, last = name.split(".")
-    for depth in range(1, len(path) + 1):
-        ancestor = model.get_submodule(".".join(path[:depth]))
-        if hasattr(ancestor, "base_layer"):
-            return f"wrapped by {type(ancestor).__name__}: merge the adapter first"
     parent = model.get_submodule(".".join(path))
     has_experts = any("expert" in child for child, _ in parent.named_children())
     if "router" in name or (has_experts and (last == "gate" or last.endswith("_gate"))):
@@ -261,24 +306,44 @@ def _refusal(model: nn.Module, name: str, layer: nn.Module) -> str | None:
     plain = Conv1D if isinstance(layer, Conv1D) else nn.Linear
     if type(layer).forward is not plain.forward:
         return f"{type(layer).__name__} does not compute what {plain.__name__} does"
-    # accelerate replaces the forward too, but only to move tensors
-    if "forward" in layer.__dict__ and not hasattr(layer, "_hf_hook"):
-        return "its forward was replaced"
-    if type(layer.weight.data) is not Tensor:
-        return f"its weight is a {type(layer.weight.data).__name__}"
-    if layer.weight.dtype not in FLOATS:
-        return f"its weight is {layer.weight.dtype}"
+    return _changed(layer, layer.weight)
+
+
+def _refusal_of_experts(model: nn.Module, name: str, module: nn.Module, parameter: nn.Parameter) -> str | None:
+    if is_parametrized(module):
+        return "parametrised: its weight is computed from others"
+    return _adapted(model, name) or _changed(module, parameter)
+
+
+def _adapted(model: nn.Module, name: str) -> str | None:
+    path = name.split(".")[:-1]
+    for depth in range(1, len(path) + 1):
+        ancestor = model.get_submodule(".".join(path[:depth]))
+        if hasattr(ancestor, "base_layer"):
+            return f"wrapped by {type(ancestor).__name__}: merge the adapter first"
     return None
 
 
-def _not_a_layer(name: str, module: nn.Module, parameter: nn.Parameter) -> str:
+def _changed(module: nn.Module, weight: nn.Parameter) -> str | None:
+    # accelerate replaces the forward too, but only to move tensors
+    if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
+        return "its forward was replaced"
+    if type(weight.data) is not Tensor:
+        return f"its weight is a {type(weight.data).__name__}"
+    if weight.dtype not in FLOATS:
+        return f"its weight is {weight.dtype}"
+    return None
+
+
+def _not_a_layer(name: str, module: nn.Module, parameter: nn.Parameter) -> str | None:
+    """Why a parameter of a module that is no linear layer holds no layers; None when it may hold experts."""
     kind = type(module).__name__
     if isinstance(module, nn.Embedding):
         return "embedding"
     if "router" in f"{name}{kind}".lower() or ".gate." in name:
         return "router of experts"
     if "expert" in f"{name}{kind}".lower() and parameter.dim() == 3:
-        return f"experts in one {parameter.dim()}-D parameter: not supported yet"
+        return None
     return f"{kind}, not a linear layer"
 
 

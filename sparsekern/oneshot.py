@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from typing import Any
 
@@ -26,6 +26,7 @@ class LayerReport:
     held_out_error  the same on tokens that the method did not see
     damping         what the factorisation of H took, None where none was needed
     dead_inputs     inputs that were zero on every token
+    fallback        what the statistics of an expert with too few tokens are made of; None: of its own tokens alone
     """
 
     name: str
@@ -37,6 +38,7 @@ class LayerReport:
     damping: float | None
     dead_inputs: int | None
     seconds: float
+    fallback: str | None = None
 
 
 @dataclass
@@ -68,6 +70,8 @@ class PruneReport:
 
     def __str__(self) -> str:
         error = f", held-out error {self.held_out_error:.4f} a layer" if self.held_out_error is not None else ""
+        borrowed = sum(layer.fallback is not None for layer in self.layers)
+        error += f", {borrowed} experts fell back" if borrowed else ""
         return (
             f"{self.method} {self.pattern}: {len(self.layers)} layers, sparsity {self.sparsity:.2%}{error}, "
             f"{len(self.skipped)} skipped, {self.seconds:.1f} s"
@@ -84,7 +88,7 @@ def prune(
     errors: bool = True,
     progress: bool = False,
 ) -> PruneReport:
-    """Prune the Linear layers of the model's blocks in place; their weights then hold zeros.
+    """Prune the Linear layers and experts of the model's blocks in place; their weights then hold zeros.
 
     method       one of sparsekern.methods, e.g. SparseGPT()
     pattern      "2:4", 0.5, "50%", NM(...) or Unstructured(...)
@@ -122,7 +126,8 @@ def prune(
         for name, layer, stats in visits:
             if name in names:
                 bar.update(task, description=name)
-                report.layers.append(_prune_layer(name, layer, stats, method, pattern))
+                row = _prune_layer(name, layer, stats, method, pattern)
+                report.layers.append(replace(row, fallback=walk.borrowed.get(name) if walk else None))
                 bar.advance(task)
             # the loop's own name would keep a block's statistics alive while the next block's are gathered
             del stats
@@ -138,7 +143,7 @@ def prune(
 
 def select(
     model: nn.Module, pattern: Pattern, skip: Iterable[str] = (), method: Any = None
-) -> tuple[list[tuple[str, nn.Module]], list[tuple[str, str]]]:
+) -> tuple[list[tuple[str, hf.Layer]], list[tuple[str, str]]]:
     """The layers that prune() would prune, checked, and those it would leave dense with the reason; both with names.
 
     Raises ValueError as prune() does.
@@ -157,7 +162,7 @@ def select(
     return layers, [*hf.skipped(model), *((name, "skipped by name") for name, _ in left)]
 
 
-def _check(name: str, layer: nn.Module, pattern: Pattern, method: Any) -> None:
+def _check(name: str, layer: hf.Layer, pattern: Pattern, method: Any) -> None:
     weight = hf.weight(layer)
     if weight.is_meta:
         raise ValueError(f"{name}: weight is on the meta device; load the model without offloading (device_map=None)")
@@ -172,7 +177,7 @@ def _check(name: str, layer: nn.Module, pattern: Pattern, method: Any) -> None:
 
 
 @torch.no_grad()
-def _prune_layer(name: str, layer: nn.Module, stats: Any, method: Any, pattern: Pattern) -> LayerReport:
+def _prune_layer(name: str, layer: hf.Layer, stats: Any, method: Any, pattern: Pattern) -> LayerReport:
     started = time.perf_counter()
     weight = hf.weight(layer)
     try:

@@ -32,6 +32,11 @@ class InputNorm:
         self._squares += seen.float().square().sum(dim=0)
         self.tokens += len(seen)
 
+    def count(self, other: "InputNorm", times: float) -> None:
+        """Count the tokens of `other` in, each `times`: a fraction where there are too many of them."""
+        self._squares += times * other._squares
+        self.tokens += round(times * other.tokens)
+
     @property
     def norm(self) -> Tensor:
         return self._squares.sqrt()
@@ -63,6 +68,15 @@ class Gram:
         gram.accumulate(self._held_out_sum, unseen)
         self.tokens += len(seen)
         self.held_out_tokens += len(unseen)
+
+    def count(self, other: "Gram", times: float) -> None:
+        """Count the tokens of `other` in, each `times`: a fraction where there are too many of them."""
+        self._factors.clear()
+        self._whole = False
+        self._sum.add_(other._sum, alpha=times)
+        self._held_out_sum.add_(other._held_out_sum, alpha=times)
+        self.tokens += round(times * other.tokens)
+        self.held_out_tokens += round(times * other.held_out_tokens)
 
     @property
     def hessian(self) -> Tensor:

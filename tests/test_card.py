@@ -19,7 +19,7 @@ def test_command_calibration_and_provenance_are_on_it():
         "4 windows of 64 tokens",
         "abc",
         "- torch: 2.13.0",
-        "8 Linear layers",
+        "8 layers hold",
     ):
         assert words in card()
 

@@ -54,12 +54,13 @@ def by_hand(model, batches):
     sequences = [{key: value[i : i + 1] for key, value in batch.items()} for batch in batches for i in range(2)]
     for sequence in sequences:
         loss = model(**sequence).loss
-        gradients = torch.autograd.grad(loss, [layer.weight for _, layer in layers], allow_unused=True)
+        gradients = torch.autograd.grad(loss, [hf.parameter(layer) for _, layer in layers], allow_unused=True)
         for (name, layer), gradient in zip(layers, gradients, strict=True):
             if gradient is not None:
-                # Conv1D keeps its weight transposed
-                square = gradient.square()
-                sums[name] += square if isinstance(layer, nn.Linear) else square.T
+                square = gradient[layer.index].square() if isinstance(layer, hf.Expert) else gradient.square()
+                # Conv1D and some experts keep their weight transposed
+                straight = not layer.transposed if isinstance(layer, hf.Expert) else isinstance(layer, nn.Linear)
+                sums[name] += square if straight else square.T
     return {name: total / len(sequences) for name, total in sums.items()}
 
 

@@ -34,7 +34,7 @@ def tokenizer():
     [
         ("llama", ["model.layers.0", "model.layers.1", "model.layers.2"], 7),
         ("gpt2", ["transformer.h.0", "transformer.h.1", "transformer.h.2"], 4),
-        ("mixtral", ["model.layers.0", "model.layers.1", "model.layers.2"], 4),
+        ("mixtral", ["model.layers.0", "model.layers.1", "model.layers.2"], 4 + 2 * 4),
         ("t5", ["encoder.block.0", "encoder.block.1", "decoder.block.0", "decoder.block.1"], None),
     ],
 )
@@ -55,7 +55,8 @@ def test_every_matrix_is_either_a_layer_or_skipped_with_a_reason(name):
     assert len(set(layers)) == len(layers)
     for parameter_name, parameter in model.named_parameters():
         matrix = parameter_name.removesuffix(".weight")
-        assert parameter.dim() < 2 or matrix in layers or skipped[matrix], parameter_name
+        experts = [f"{matrix}.{index}" for index in range(len(parameter))] if parameter.dim() == 3 else [matrix]
+        assert parameter.dim() < 2 or set(experts) <= set(layers) or skipped[matrix], parameter_name
 
 
 @pytest.mark.parametrize(
@@ -69,9 +70,11 @@ def test_every_matrix_is_either_a_layer_or_skipped_with_a_reason(name):
         ("vit", "classifier", "outside the blocks"),
         ("opt", "model.decoder.project_in", "outside the blocks"),
         ("mixtral", "model.layers.1.mlp.gate", "router of experts"),
-        ("mixtral", "model.layers.1.mlp.experts.down_proj", "experts in one 3-D parameter: not supported yet"),
         ("qwen3_moe", "model.layers.0.mlp.gate", "router of experts"),
         ("deepseek_v3", "model.layers.2.mlp.gate", "router of experts"),
+        ("gpt_oss", "model.layers.0.mlp.router", "router of experts"),
+        ("llama4", "model.layers.0.feed_forward.router", "router of experts"),
+        ("jetmoe", "model.layers.0.mlp.router.layer", "router of experts"),
         ("gemma3n", "model.layers.0.altup.modality_router", "router of experts"),
         ("gemma3n", "model.altup_projections.0", "outside the blocks"),
     ],

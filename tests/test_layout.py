@@ -26,9 +26,11 @@ ARROWS = {
     "ops": {"formats"},
     "grid": set(),
     "methods": {"pattern", "stats", "ops", "grid"},
-    "hf": set(),
-    "calibrate": {"hf", "stats"},
-    "gradients": {"hf", "stats", "calibrate"},
+    "experts": set(),
+    "hf": {"experts"},
+    "batches": set(),
+    "calibrate": {"hf", "experts", "batches", "stats"},
+    "gradients": {"hf", "experts", "batches", "stats"},
     "oneshot": {"pattern", "stats", "methods", "calibrate", "gradients", "hf"},
     "lottery": {"pattern", "methods"},
     "plan": {"formats", "ops", "measure", "timing"},
@@ -36,7 +38,8 @@ ARROWS = {
     "checkpoint": {"formats", "linear", "hf"},
 }
 # the two halves meet in an ordinary nn.Linear whose weight holds zeros, and nowhere else
-PRUNE, RUN = {"calibrate", "gradients", "methods", "oneshot", "lottery"}, {"formats", "linear", "plan"}
+PRUNE = {"batches", "calibrate", "experts", "gradients", "methods", "oneshot", "lottery"}
+RUN = {"formats", "linear", "plan"}
 # commands and what they are made of: they may import everything, and of the rest only each other imports them
 DOORS = {"card", "cli", "demo", "doctor", "endtoend", "inspect", "preview", "speed"}
 # foreign thing -> where it is let in

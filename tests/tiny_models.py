@@ -24,6 +24,7 @@ SHARED_HEADS = SIZES | {"num_key_value_heads": 2}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 # shorter than the batches, and not the same in all blocks where the model knows both
 SLIDING = {"head_dim": 8, "sliding_window": 5}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 ALTERNATING = SLIDING | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 
 
@@ -147,6 +148,47 @@ def deepseek_v3() -> nn.Module:
     return transformers.DeepseekV3ForCausalLM(config)
 
 
+def olmoe() -> nn.Module:
+    return transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**SHARED_HEADS, num_experts=4, num_experts_per_tok=2))
+
+
+def granite_moe() -> nn.Module:
+    config = transformers.GraniteMoeConfig(**SHARED_HEADS, num_local_experts=4, num_experts_per_tok=2)
+    return transformers.GraniteMoeForCausalLM(config)
+
+
+def jetmoe() -> nn.Module:
+    """Its attention has experts as well."""
+    config = transformers.JetMoeConfig(
+        **SIZES, num_key_value_heads=2, kv_channels=8, num_local_experts=4, num_experts_per_tok=2
+    )
+    return transformers.JetMoeForCausalLM(config)
+
+
+def gpt_oss() -> nn.Module:
+    """Square experts, transposed: no shape says which side their inputs are."""
+    sizes = SHARED_HEADS | {"intermediate_size": 16}
+    config = transformers.GptOssConfig(
+        **sizes, head_dim=8, sliding_window=5, num_local_experts=4, num_experts_per_tok=2, rope_parameters=ROPE
+    )
+    return transformers.GptOssForCausalLM(config)
+
+
+def llama4() -> nn.Module:
+    """Every token goes through every expert, as zeros where it is not routed there."""
+    config = transformers.Llama4TextConfig(
+        **SHARED_HEADS,
+        head_dim=8,
+        intermediate_size_mlp=48,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        attention_chunk_size=8,
+        no_rope_layers=[1, 1, 0],
+        rope_parameters=ROPE,
+    )
+    return transformers.Llama4ForCausalLM(config)
+
+
 def mamba2() -> nn.Module:
     config = transformers.Mamba2Config(
         vocab_size=VOCABULARY,
@@ -205,7 +247,8 @@ MODELS = {
     model.__name__: model
     for model in (
         *(llama, qwen2, qwen3, mistral, gemma2, gemma3, gemma3n, phi, phi3, opt, gpt2, gpt_neox, bert, albert, vit),
-        *(mixtral, qwen3_moe, deepseek_v3, mamba2, falcon_h1, t5, whisper),
+        *(mixtral, qwen3_moe, deepseek_v3, olmoe, granite_moe, jetmoe, gpt_oss, llama4),
+        *(mamba2, falcon_h1, t5, whisper),
     )
 }
 
