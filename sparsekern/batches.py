@@ -47,7 +47,7 @@ class Padding:
         tokens = x.reshape(-1, x.shape[-1])
         # a decoder's cross attention reads the encoder's tokens, the rest of the decoder its own
         mask = self._mask(self._encoded is not None and x.data_ptr() != self._encoded.data_ptr())
-        if mask is None or x.shape[:-1] not in (mask.shape, (mask.numel(),)):
+        if mask is None or _wide(x.shape[:-1]) not in (_wide(mask.shape), _wide((mask.numel(),))):
             return tokens
         return tokens[mask.reshape(-1).to(x.device) != 0]
 
@@ -63,6 +63,11 @@ class Padding:
     def _mask(self, decoder: bool) -> Tensor | None:
         mask = self._batch.get("decoder_attention_mask" if decoder else "attention_mask")
         return mask if mask is not None and mask.dim() == 2 else None
+
+
+def _wide(shape: Iterable[int]) -> tuple[int, ...]:
+    # DeepSeek's attention reads its compressed keys and values as those of one head, [batch, 1, tokens, in_features]
+    return tuple(size for size in shape if size != 1)
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
