@@ -12,7 +12,7 @@ import torch
 
 from sparsekern import SparseGPT, Wanda
 from sparsekern.formats import Bitmap, SemiStructured
-from sparsekern.ops import LINEAR_KERNELS, addmm, gram, keep_largest, obs_sweep
+from sparsekern.ops import LINEAR_KERNELS, addmm, gram, inverse_cholesky, keep_largest, obs_sweep
 from sparsekern.pattern import NM
 from sparsekern.stats import Gram
 
@@ -106,3 +106,13 @@ def test_prune(benchmark, method, weight, stats):
     dense = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
     pruned = benchmark(method.prune, dense, stats, NM(2, 4))
     assert (pruned == 0).sum() == dense.numel() / 2
+
+
+@pytest.mark.parametrize("kernel", inverse_cholesky.KERNELS, ids=lambda kernel: kernel.name)
+def test_inverse_cholesky(benchmark, kernel, stats):
+    h = stats.hessian + 0.01 * torch.eye(len(stats.hessian))
+    if reason := kernel.refuses(h):
+        pytest.skip(f"{kernel.name}: {reason}")
+    # the op may overwrite what it is given: a copy each round, outside the time
+    _, failed = benchmark.pedantic(kernel.run, setup=lambda: ((h.clone(),), {}), rounds=5)
+    assert not failed

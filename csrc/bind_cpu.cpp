@@ -227,21 +227,23 @@ void gram_checked(const std::string& dtype, Address x, int64_t x_size, Address t
   if (!done) throw std::bad_alloc();
 }
 
-void addmm_checked(Address total, int64_t total_stride, Address a, int64_t a_stride, Address b, int64_t b_stride,
-                   int64_t rows, int64_t inner, int64_t columns, float scale, int threads) {
+void addmm_checked(Address total, int64_t total_stride, Address a, int64_t a_row_stride, int64_t a_column_stride,
+                   Address b, int64_t b_row_stride, int64_t b_column_stride, int64_t rows, int64_t inner,
+                   int64_t columns, float scale, int threads) {
   check(has_addmm(), "this is not an AMD processor with AVX-512");
   check(threads > 0, "threads must be positive, got " + std::to_string(threads));
   check(rows >= 0 && inner >= 0 && columns >= 0, "sizes must not be negative, got " + std::to_string(rows) + ", " +
                                                      std::to_string(inner) + ", " + std::to_string(columns));
-  check(total_stride >= columns && b_stride >= columns && a_stride >= inner,
-        "rows must not overlap, got strides " + std::to_string(total_stride) + ", " + std::to_string(a_stride) + ", " +
-            std::to_string(b_stride));
+  check(total_stride >= columns, "rows of total must not overlap, got stride " + std::to_string(total_stride));
+  check(a_row_stride == 1 || a_column_stride == 1, "a must be row-major or column-major");
+  check(b_row_stride == 1 || b_column_stride == 1, "b must be row-major or column-major");
   bool done;
   {
     py::gil_scoped_release release;
-    done = addmm({reinterpret_cast<float*>(total), rows, columns, total_stride},
-                 {reinterpret_cast<const float*>(a), rows, inner, a_stride},
-                 {reinterpret_cast<const float*>(b), inner, columns, b_stride}, scale, threads);
+    done = addmm(reinterpret_cast<float*>(total), total_stride,
+                 {reinterpret_cast<const float*>(a), a_row_stride, a_column_stride},
+                 {reinterpret_cast<const float*>(b), b_row_stride, b_column_stride}, rows, inner, columns, scale,
+                 threads);
   }
   if (!done) throw std::bad_alloc();
 }
@@ -277,7 +279,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("gram", gram_checked, py::arg("dtype"), py::arg("x"), py::arg("x_size"), py::arg("total"),
              py::arg("total_size"), py::arg("tokens"), py::arg("in_features"), py::arg("threads"), py::arg("isa"));
   module.def("has_addmm", has_addmm, "Whether addmm is of use on this machine.");
-  module.def("addmm", addmm_checked, py::arg("total"), py::arg("total_stride"), py::arg("a"), py::arg("a_stride"),
-             py::arg("b"), py::arg("b_stride"), py::arg("rows"), py::arg("inner"), py::arg("columns"),
-             py::arg("scale"), py::arg("threads"));
+  module.def("addmm", addmm_checked, py::arg("total"), py::arg("total_stride"), py::arg("a"), py::arg("a_row_stride"),
+             py::arg("a_column_stride"), py::arg("b"), py::arg("b_row_stride"), py::arg("b_column_stride"),
+             py::arg("rows"), py::arg("inner"), py::arg("columns"), py::arg("scale"), py::arg("threads"));
 }

@@ -105,33 +105,26 @@ extern const InstructionSet kGramSets[];
 //   total  [in_features, in_features] float32
 //   set    index into kGramSets
 // Needs threads > 0; the result is the same for any number. Returns false when there is no memory for the scratch, as
-// much as 1024 tokens in float32 for bfloat16 x and twice that of 512 tokens otherwise.
+// much as twice 256 tokens in float32.
 bool gram(const void* x, DType dtype, float* total, int64_t tokens, int64_t in_features, int set, int threads);
 
 // addmm: total += scale * a b, all float32.
-// rows of `columns` elements, `stride` elements apart
-struct Matrix {
-  float* data;
-  int64_t rows;
-  int64_t columns;
-  int64_t stride;
-};
-
-struct ConstMatrix {
+// One of the strides is 1: row-major or column-major.
+struct Operand {
   const float* data;
-  int64_t rows;
-  int64_t columns;
-  int64_t stride;
+  int64_t row_stride;
+  int64_t column_stride;
 };
 
 // Whether this machine has the instructions, and no library that uses them.
 bool has_addmm();
 
-//   total  [rows, columns], overlaps neither a nor b
+//   total  [rows, columns], rows total_stride apart, overlaps neither a nor b
 //   a      [rows, inner]
 //   b      [inner, columns]
-// The result is the same for any number of threads. Returns false when there is no memory for the scratch, 512 columns
-// of a and 512 rows of b.
-bool addmm(const Matrix& total, const ConstMatrix& a, const ConstMatrix& b, float scale, int threads);
+// The result is the same for any number of threads. Returns false when there is no memory for the scratch, 256 columns
+// of a and 256 rows of b.
+bool addmm(float* total, int64_t total_stride, const Operand& a, const Operand& b, int64_t rows, int64_t inner,
+           int64_t columns, float scale, int threads);
 
 }  // namespace sparsekern

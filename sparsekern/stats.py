@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsekern.ops import gram
+from sparsekern.ops.inverse_cholesky import inverse_cholesky
 
 HELD_OUT_PARTS = 8
 
@@ -153,13 +154,8 @@ class Gram:
         while True:
             damped = h.clone()
             damped.diagonal().add_(used * unit)
-            # H = R R^T with R upper comes from the Cholesky factor of H read backwards, and then U = R^-1: one
-            # factorisation and one triangular inverse, where inverting H and factoring again takes three
-            lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-            # what is not finite in a row of the factor reaches the row's diagonal entry
-            if not failed and lower.diagonal().isfinite().all():
-                identity = torch.eye(len(h), device=h.device)
-                u = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True).contiguous()
+            u, failed = inverse_cholesky(damped)
+            if not failed:
                 return _Factor(u, used, retries)
             if bad := int((~h.isfinite()).sum()):
                 raise ValueError(f"Hessian holds {bad} NaN or infinite values: the activations overflow its sums")

@@ -76,8 +76,8 @@ bool gram(const void* x, DType dtype, float* total, int64_t tokens, int64_t in_f
       for (int64_t panel = 0; panel < panels; ++panel) {
         product.pack_gram(rows, dtype, here, in_features, panel, panel + 1, a, b);
       }
-      // a few blocks at once share their columns; which thread takes them is the machine's affair
-#pragma omp for schedule(dynamic, 4)
+      // which thread takes them is the machine's affair
+#pragma omp for schedule(dynamic, 1)
       for (int64_t block = 0; block < blocks; ++block) {
         product.multiply(block_of(block, a, b, steps, total, in_features));
       }

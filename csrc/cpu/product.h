@@ -9,10 +9,10 @@ namespace sparsekern {
 // the sums that registers hold: 8 rows by 3 vectors, 24 of AVX-512's 32 registers
 constexpr int64_t kTileRows = 8;
 constexpr int64_t kTileColumns = 48;
-// of C, whose part of B stays in L2 while the rows of A pass: 192 columns by 512 steps are 384 KB
-constexpr int64_t kBlock = 192;
-// a panel of A, 16 KB, stays in L1; longer sums read and write C more seldom
-constexpr int64_t kMostSteps = 512;
+// of C, whose part of B stays in L2 while the rows of A pass: 384 columns by 256 steps are 384 KB
+constexpr int64_t kBlock = 384;
+// a panel of A, 8 KB, stays in L1; longer sums read and write C more seldom, and round more: 512 steps gave 1.4 times the error
+constexpr int64_t kMostSteps = 256;
 
 constexpr int64_t column_panels(int64_t columns) { return (columns + kTileColumns - 1) / kTileColumns; }
 constexpr int64_t row_panels(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
@@ -49,11 +49,12 @@ struct Product {
   //   x  [tokens, in_features], rows in_features apart
   void (*pack_gram)(const void* x, DType dtype, int64_t tokens, int64_t in_features, int64_t first_panel,
                     int64_t end_panel, float* a, float* b);
-  // a [rows, steps] times scale as row panels first_panel to end_panel - 1, b [steps, columns] as column panels
-  void (*pack_rows)(const float* a, int64_t a_stride, int64_t rows, int64_t steps, float scale, int64_t first_panel,
-                    int64_t end_panel, float* packed);
-  void (*pack_columns)(const float* b, int64_t b_stride, int64_t columns, int64_t steps, int64_t first_panel,
-                       int64_t end_panel, float* packed);
+  // lines times scale, a line being a row of A or a column of B, as panels first_panel to end_panel - 1. One of the
+  // strides is 1.
+  void (*pack_rows)(const float* lines, int64_t line_stride, int64_t step_stride, int64_t count, int64_t steps,
+                    float scale, int64_t first_panel, int64_t end_panel, float* packed);
+  void (*pack_columns)(const float* lines, int64_t line_stride, int64_t step_stride, int64_t count, int64_t steps,
+                       float scale, int64_t first_panel, int64_t end_panel, float* packed);
 };
 
 #if defined(__x86_64__)

@@ -16,7 +16,7 @@ def reference(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
 
     total  [rows, columns] float32, overlaps neither a nor b
     a      [rows, inner] float32
-    b      [inner, columns] float32
+    b      [inner, columns] float32; row-major or column-major, as a, or the compiled kernel refuses
     """
     total.addmm_(a, b, alpha=scale)
 
@@ -39,11 +39,11 @@ def _cpu(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
         raise ValueError(f"total {[rows, columns]} cannot be {list(a.shape)} times {list(b.shape)}")
     compiled.cpu().addmm(
         total.data_ptr(),
-        _row_stride(total),
+        max(total.stride(0), columns),
         a.data_ptr(),
-        _row_stride(a),
+        *_strides(a),
         b.data_ptr(),
-        _row_stride(b),
+        *_strides(b),
         rows,
         inner,
         columns,
@@ -56,16 +56,21 @@ def _cpu_refuses(total: Tensor, a: Tensor, b: Tensor) -> str | None:
     for name, matrix in (("total", total), ("a", a), ("b", b)):
         if matrix.device.type != "cpu" or matrix.dtype != torch.float32 or matrix.dim() != 2:
             return f"{name} must be a float32 matrix on the CPU, got {matrix.dtype} on {matrix.device}"
-        if matrix.shape[1] > 1 and matrix.stride(1) != 1 or _row_stride(matrix) < matrix.shape[1]:
-            return f"the rows of {name} must be contiguous, got strides {list(matrix.stride())}"
+        if 1 not in _strides(matrix):
+            return f"{name} must be row-major or column-major, got strides {list(matrix.stride())}"
+    if _strides(total)[1] != 1 or len(total) > 1 and total.stride(0) < total.shape[1]:
+        return f"the rows of total must be contiguous, got strides {list(total.stride())}"
     if why_not := compiled.why_not("cpu"):
         return why_not
     return None if compiled.cpu().has_addmm() else "it is for AMD processors with AVX-512"
 
 
-def _row_stride(matrix: Tensor) -> int:
-    # the stride of the only row says nothing
-    return matrix.stride(0) if matrix.shape[0] > 1 else max(matrix.shape[1], 1)
+def _strides(matrix: Tensor) -> tuple[int, int]:
+    """Of the rows and of the columns; the stride along a dimension of one element is torch's to choose, so it is 1."""
+    rows, columns = matrix.shape
+    if columns == 1:
+        return matrix.stride(0), 1
+    return (1 if rows == 1 and matrix.stride(1) != 1 else matrix.stride(0)), matrix.stride(1)
 
 
 KERNELS = (Kernel("cpu", _cpu, _cpu_refuses), Kernel("reference", reference, never_refuses))

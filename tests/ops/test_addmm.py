@@ -19,9 +19,12 @@ def matrix(rows, columns, seed):
     ids=str,
 )
 @pytest.mark.parametrize("scale", [1.0, -1.0, 0.5])
-def test_every_kernel_matches_float64(kernel, sizes, scale):
+@pytest.mark.parametrize("transposed", ["", "a", "b", "ab"])
+def test_every_kernel_matches_float64(kernel, sizes, scale, transposed):
     rows, inner, columns = sizes
-    a, b, total = matrix(rows, inner, 0), matrix(inner, columns, 1), matrix(rows, columns, 2)
+    a = matrix(inner, rows, 0).T if "a" in transposed else matrix(rows, inner, 0)
+    b = matrix(columns, inner, 1).T if "b" in transposed else matrix(inner, columns, 1)
+    total = matrix(rows, columns, 2)
     if reason := kernel.refuses(total, a, b):
         pytest.skip(f"{kernel.name}: {reason}")
     exact = total.double() + scale * (a.double() @ b.double())
@@ -55,16 +58,24 @@ def test_the_product_does_not_depend_on_the_number_of_threads():
 
 
 @pytest.mark.parametrize("which", range(3))
-def test_a_column_major_or_expanded_operand_goes_to_torch(which):
+def test_an_operand_with_holes_or_repeated_rows_goes_to_torch(which):
     operands = [torch.randn(6, 6) for _ in range(3)]
-    operands[which] = operands[which].T
+    operands[which] = torch.randn(12, 12)[::2, ::2]
     exact = operands[0].double() + operands[1].double() @ operands[2].double()
     assert pick(addmm.KERNELS, *operands).name == "reference"
     addmm.addmm(*operands)
     torch.testing.assert_close(operands[0].double(), exact, rtol=1e-5, atol=1e-5)
-    if which:
-        operands[which] = torch.randn(1, 6).expand(6, 6)
-        assert pick(addmm.KERNELS, *operands).name == "reference"
+
+
+def test_one_row_repeated_is_a_matrix():
+    total, a, b = torch.zeros(4, 6), torch.randn(4, 5), torch.randn(1, 6).expand(5, 6)
+    addmm.addmm(total, a, b)
+    torch.testing.assert_close(total, a.sum(dim=1, keepdim=True) * b[:1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_column_major_total_goes_to_torch():
+    total = torch.zeros(6, 4).T
+    assert pick(addmm.KERNELS, total, torch.ones(4, 2), torch.ones(2, 6)).name == "reference"
 
 
 def test_without_the_compiled_module_torch_serves(monkeypatch):

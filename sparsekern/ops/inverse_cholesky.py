@@ -1,0 +1,98 @@
+"""inverse_cholesky: the upper triangular U with H^-1 = U^T U, the factor that the OBS sweeps read.
+
+With H = R R^T, R upper triangular, U = R^-1. Cut in halves
+
+    H = [A   B]    R = [R_1  X  ]    U = [U_1  Y  ]
+        [B^T C]        [0    R_2]        [0    U_2]
+
+the lower right goes first: C = R_2 R_2^T, then X R_2^T = B, A - X X^T = R_1 R_1^T and R_1 Y = -X U_2. All but the small
+corners is matrix products. The two systems are solved stripe by stripe: to multiply by U_2 and U_1 instead would cost
+the same and lose up to three times the accuracy.
+
+Sources: the block form of the Cholesky factorisation, read from the last row up (Golub & Van Loan, Matrix Computations,
+section 4.2); Du Croz & Higham, Stability of methods for matrix inversion, IMA J. Numer. Anal. 12, 1992.
+"""
+
+import torch
+from torch import Tensor
+
+from sparsekern.ops.addmm import addmm, matmul
+from sparsekern.ops.kernel import Kernel, never_refuses, pick
+
+# a corner this small is factored by the library, and systems are solved that many rows or columns at a time; smaller is
+# more accurate
+_CORNER = 128
+# rows or columns of a triangle that one product takes; the zeros beyond them are left out
+_STRIPE = 512
+
+
+def reference(h: Tensor) -> tuple[Tensor, Tensor]:
+    """Factor H, which is used up.
+
+    h  [in_features, in_features] float32, symmetric; may be overwritten
+
+    Returns U [in_features, in_features], row-major, with exact zeros below the diagonal, and whether that failed, []
+    bool: H is not positive definite, or not finite, and U says nothing then.
+    """
+    _, u, failed = _factor_by_library(h)
+    return u, failed
+
+
+def inverse_cholesky(h: Tensor) -> tuple[Tensor, Tensor]:
+    """What `reference` does, by the best kernel for this matrix."""
+    return pick(KERNELS, h).run(h)
+
+
+def _factor_by_library(h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """R, U and whether that failed."""
+    # H = R R^T with R upper comes from the Cholesky factor of H read backwards
+    lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
+    r = lower.flip(0, 1)
+    identity = torch.eye(len(h), dtype=h.dtype, device=h.device)
+    u = torch.linalg.solve_triangular(r, identity, upper=True).contiguous()
+    # what is not finite in a row of the factor reaches the row's diagonal entry
+    return r, u, (failed != 0) | ~r.diagonal().isfinite().all()
+
+
+def _by_halves(h: Tensor) -> tuple[Tensor, Tensor]:
+    u = torch.zeros_like(h, memory_format=torch.contiguous_format)
+    return u, _factor(h, u)
+
+
+def _factor(h: Tensor, u: Tensor) -> Tensor:
+    """Write R over `h` and U into `u`, both on and above the diagonal, all that is read. Returns whether it failed."""
+    size = len(h)
+    if size <= _CORNER:
+        r, corner, failed = _factor_by_library(h.triu() + h.triu(1).T)
+        h.copy_(r)
+        u.copy_(corner)
+        return failed
+    # a multiple of a cache line's floats
+    half = (size // 2 + 15) // 16 * 16
+    r_1, x, r_2 = h[:half, :half], h[:half, half:], h[half:, half:]
+    u_1, y, u_2 = u[:half, :half], u[:half, half:], u[half:, half:]
+    failed = _factor(r_2, u_2)
+    # X takes the place of B, from its last columns to its first
+    for stripe in reversed(_stripes(size - half, _CORNER)):
+        addmm(x[:, stripe], x[:, stripe.stop :], r_2[stripe, stripe.stop :].T, -1.0)
+        x[:, stripe] = matmul(x[:, stripe], u_2[stripe, stripe].T)
+    for stripe in _stripes(half, _STRIPE):
+        addmm(r_1[stripe, stripe.start :], x[stripe], x[stripe.start :].T, -1.0)
+    failed = failed | _factor(r_1, u_1)
+    for stripe in _stripes(size - half, _STRIPE):
+        addmm(y[:, stripe], x[:, : stripe.stop], u_2[: stripe.stop, stripe], -1.0)
+    for stripe in reversed(_stripes(half, _CORNER)):
+        addmm(y[stripe], r_1[stripe, stripe.stop :], y[stripe.stop :], -1.0)
+        y[stripe] = matmul(u_1[stripe, stripe], y[stripe])
+    return failed
+
+
+def _stripes(size: int, width: int) -> list[slice]:
+    return [slice(start, min(start + width, size)) for start in range(0, size, width)]
+
+
+def _by_halves_refuses(h: Tensor) -> str | None:
+    return f"a matrix of at most {_CORNER} has no halves worth it" if len(h) <= _CORNER else None
+
+
+KERNELS = (Kernel("by_halves", _by_halves, _by_halves_refuses), Kernel("reference", reference, never_refuses))
