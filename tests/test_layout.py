@@ -32,13 +32,16 @@ ARROWS = {
     "calibrate": {"hf", "experts", "batches", "stats"},
     "gradients": {"hf", "experts", "batches", "stats"},
     "oneshot": {"pattern", "stats", "methods", "calibrate", "gradients", "hf"},
+    "channel_order": {"pattern"},
+    "channel_sites": {"hf"},
+    "permute": {"channel_order", "channel_sites", "calibrate", "hf", "pattern", "stats"},
     "lottery": {"pattern", "methods"},
     "plan": {"formats", "ops", "measure", "timing"},
     "linear": {"formats", "ops", "measure", "plan"},
     "checkpoint": {"formats", "linear", "hf"},
 }
 # the two halves meet in an ordinary nn.Linear whose weight holds zeros, and nowhere else
-PRUNE = {"batches", "calibrate", "experts", "gradients", "methods", "oneshot", "lottery"}
+PRUNE = {"batches", "calibrate", "experts", "gradients", "methods", "oneshot", "lottery", "permute"}
 RUN = {"formats", "linear", "plan"}
 # commands and what they are made of: they may import everything, and of the rest only each other imports them
 DOORS = {"card", "cli", "demo", "doctor", "endtoend", "inspect", "preview", "speed"}
