@@ -5,6 +5,7 @@ from sparsekern.measure import measure
 from sparsekern.methods import OBD, OBS, LayerOBD, Magnitude, SparseGPT, Wanda
 from sparsekern.oneshot import prune
 from sparsekern.pattern import NM, Unstructured, as_pattern
+from sparsekern.permute import permute
 from sparsekern.plan import Plan, Unmeasured
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "as_pattern",
     "densify",
     "measure",
+    "permute",
     "prune",
     "sparsify",
 ]

@@ -92,6 +92,12 @@ class Walk:
                         outputs[block.stack, number] = self._forward(number, trace, done, outputs)
                 done.append(block)
 
+    def first_output(self) -> Any:
+        """What the model puts out on the first batch, run as the walk runs it."""
+        with hf.evaluating(self._model):
+            args, kwargs = self._batch(0)
+            return self._model(*args, **kwargs)
+
     def _plain_forward(self) -> "list[_Trace]":
         """What an ordinary forward of the first batch does with each block, in the order they run."""
         ran: dict[str, _Trace] = {}

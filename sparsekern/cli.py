@@ -26,7 +26,8 @@ from sparsekern.measure import perplexity as measure_perplexity
 from sparsekern.methods import METHODS
 from sparsekern.oneshot import PruneReport
 from sparsekern.oneshot import prune as prune_model
-from sparsekern.pattern import as_pattern
+from sparsekern.pattern import NM, as_pattern
+from sparsekern.permute import permute as permute_model
 from sparsekern.preview import preview
 from sparsekern.speed import measure_speed
 from sparsekern.speed import plot as plot_speed
@@ -74,6 +75,9 @@ def prune(
     seqlen: Seqlen = None,
     seed: Annotated[int, typer.Option(help="which windows are drawn")] = 0,
     skip: Annotated[list[str] | None, typer.Option(help='layers to leave dense, with wildcards: "*.down_proj"')] = None,
+    permute: Annotated[
+        bool, typer.Option("--permute", help="first reorder channels so that N:M loses less; outputs stay the same")
+    ] = False,
     heldout: Annotated[str | None, typer.Option(help="text to measure perplexity on, before and after")] = None,
     dtype: Dtype = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and do nothing")] = False,
@@ -89,6 +93,10 @@ def prune(
         raise NotADirectoryError(f"{str(output)!r} cannot be made: {str(above)!r} is a file")
     if calibration is None and settings.needs is not None:
         raise ValueError(f"method {method} needs --calibration: a text file or a dataset name")
+    if permute and not isinstance(wanted, NM):
+        raise ValueError(f"--permute helps N:M patterns only, got --pattern {pattern}")
+    if permute and calibration is None:
+        raise ValueError("--permute needs --calibration: a text file or a dataset name")
     source = _load(model, dtype)
     tokenizer, seqlen = hf.tokenizer(model), _window(source, seqlen)
     batches = None
@@ -101,6 +109,7 @@ def prune(
         return
 
     perplexity = {"before": _perplexity(source, test, seqlen, "dense perplexity")} if heldout is not None else None
+    permuted = permute_model(source, wanted, batches, seed=seed, progress=not as_json) if permute else None
     report = prune_model(source, settings, wanted, batches, skip=skip or [], progress=not as_json)
     if perplexity is not None:
         perplexity["after"] = _perplexity(source, test, seqlen, "pruned perplexity")
@@ -110,12 +119,18 @@ def prune(
     command = shlex.join(["sparsekern", *sys.argv[1:]])
     figures = None if perplexity is None else {name: value.to_json() for name, value in perplexity.items()}
     result = {"command": command, **facts, "calibration": described, "perplexity": figures, "report": report.to_json()}
+    if permuted is not None:
+        result["permuted"] = permuted.to_json()
     files = {
         "README.md": model_card(_name(model), command, report, described, perplexity, facts),
         "sparsekern.json": json.dumps(result, indent=1),
     }
     hf.save(source, tokenizer, output, files)
-    _print(result, as_json, lambda _: [*_prune_tables(report, perplexity), f"wrote {output}"])
+    _print(
+        result,
+        as_json,
+        lambda _: [*([str(permuted)] if permuted else []), *_prune_tables(report, perplexity), f"wrote {output}"],
+    )
 
 
 @app.command("eval", epilog="Example: `sparsekern eval OUT --text heldout.txt`")

@@ -60,6 +60,25 @@ def test_prune_leaves_its_report_and_a_card_with_the_command_and_the_figures(pru
     assert max(report["report"]["layers"], key=lambda layer: layer["held_out_error"])["name"] in card
 
 
+def test_prune_permutes_first_when_asked_and_reports_it(tmp_path):
+    args = (
+        "prune",
+        MODEL,
+        "--pattern",
+        "2:4",
+        "--permute",
+        "--calibration",
+        CALIBRATION,
+        *SMALL,
+        "-o",
+        tmp_path / "out",
+    )
+    permuted = json.loads(run(*args, "--json").stdout)["permuted"]
+    assert permuted == json.loads((tmp_path / "out" / "sparsekern.json").read_text())["permuted"]
+    assert len(permuted["sites"]) == 8
+    assert all(site["kept"] and site["permuted"] > site["retained"] for site in permuted["sites"])
+
+
 def test_inspect_finds_the_pattern_in_what_prune_wrote(pruned):
     rows = json.loads(run("inspect", pruned, "--json").stdout)
     found = {row["pattern"] for row in rows if "_proj" in row["name"]}
@@ -119,6 +138,11 @@ BAD = {
     "short text": ((*PRUNE, "--calibration", TOO_SHORT), "a window needs 64 tokens"),
     "no calibration": (PRUNE, "method sparsegpt needs --calibration"),
     "unknown method": ((*PRUNE, "--method", "magic"), f"method must be one of {', '.join(METHODS)}, got 'magic'"),
+    "permute without groups": ((*CALIBRATED, "--pattern", "0.5", "--permute"), "--permute helps N:M patterns only"),
+    "permute without calibration": (
+        (*PRUNE, "--method", "magnitude", "--permute"),
+        "--permute needs --calibration",
+    ),
     "unknown pattern": ((*CALIBRATED, "--pattern", "half"), "pattern must be N:M"),
     "sparsity out of range": ((*CALIBRATED, "--pattern", "1.5"), "must lie in 0..1, got 1.5"),
     "odd group": ((*CALIBRATED, "--pattern", "2:7"), "multiple of 7, got 256"),
