@@ -34,7 +34,8 @@ class Walk:
     model      any nn.Module with blocks (see hf.blocks), on one device
     batches    tensors [batch, tokens] of token ids, or dicts of what forward takes by keyword; read once, kept on the
                CPU. Tokens where attention_mask is 0 do not count
-    statistic  InputNorm, Gram or alike: called with (in_features, device), then add(x [tokens, in_features])
+    statistic  InputNorm, Gram or alike: called with (in_features, device), then add(x [tokens, in_features]);
+               with experts to borrow for it has `tokens` and count(other, times)
 
     Layers that read the same tensor (q, k, v) share one stats object. An expert of a 3-D parameter (hf.Expert) counts
     the tokens routed to it, and borrows when those are few (experts.borrow). A layer may be changed from when it is

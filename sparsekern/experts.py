@@ -281,7 +281,7 @@ def _arguments(parameters: Mapping[str, Tensor]) -> Iterator[tuple]:
             return torch.empty(shape, dtype=like.dtype, device="meta")
 
         # one token, the two experts it is routed to, and how much they count; or how much all of them do
-        yield empty(1, inputs), torch.zeros(1, 2, dtype=torch.int64), empty(1, 2)
+        yield empty(1, inputs), torch.zeros(1, 2, dtype=torch.int64, device="cpu"), empty(1, 2)
         yield empty(1, inputs), empty(1, experts)
         # one token for each expert, sorted
         yield empty(experts, inputs), [1] * experts

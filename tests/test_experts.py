@@ -51,6 +51,31 @@ def test_the_forward_tells_which_side_of_a_square_expert_its_inputs_are(multiply
     assert orientation(Experts(multiply).to(device)) == {"weight": transposed}
 
 
+class SharedExperts(nn.Module):
+    """Every token goes to every expert, all at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(3, 8, 4)), nn.Parameter(torch.randn(3, 8, 4))
+
+    def forward(self, hidden_states, gammas):
+        x = hidden_states.expand(3, -1, -1)
+        return torch.bmm(torch.bmm(x, self.up.mT) * gammas.T[:, :, None], self.down).sum(0)
+
+
+def test_every_token_may_go_to_every_expert():
+    module, x, got = SharedExperts(), torch.randn(5, 4), {}
+    assert orientation(module) == {"up": False, "down": True}
+    layers = {f"{n}.{i}": experts.Expert(module, n, i, n == "down") for n in ("up", "down") for i in range(3)}
+    with experts.RoutedTokens(layers, lambda name, *what: got.update({name: what})):
+        module(x, torch.ones(5, 3))
+    assert got.keys() == layers.keys()
+    for name, (tokens, rows, total) in got.items():
+        inner = x @ module.up[int(name[-1])].T
+        torch.testing.assert_close(tokens, x if name.startswith("up") else inner)
+        assert (rows.tolist(), total) == ([0, 1, 2, 3, 4], 5)
+
+
 @pytest.mark.parametrize(
     ("multiply", "reason"),
     [
