@@ -12,10 +12,12 @@ Sources: SparseGPT, https://arxiv.org/abs/2301.00774, algorithm 1, inner loop; w
 https://arxiv.org/abs/2210.17323.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from sparsekern.ops import compiled
+from sparsekern.ops import compiled, triton
 from sparsekern.ops.kernel import Kernel, never_refuses
 
 
@@ -47,7 +49,7 @@ def reference(
     for j in range(w.shape[1]):
         if nm is not None and j % nm[1] == 0:
             group = slice(j, j + nm[1])
-            kept[:, group] = _largest_of_group(w[:, group] / u.diagonal()[group], mask[:, group], nm[0])
+            kept[:, group] = largest_of_group(w[:, group] / u.diagonal()[group], mask[:, group], nm[0])
         q = w[:, j] if scale is None else _nearest(w[:, j], scale, levels)
         q = q.where(kept[:, j], 0.0)
         e[:, j] = (w[:, j] - q) / u[j, j]
@@ -75,7 +77,7 @@ def check(
         raise ValueError(f"a scale goes with levels of at least 1, got {levels}")
 
 
-def _largest_of_group(scaled: Tensor, allowed: Tensor, n: int) -> Tensor:
+def largest_of_group(scaled: Tensor, allowed: Tensor, n: int) -> Tensor:
     """The n largest squares of each row of `scaled` [rows, m] among the `allowed`, as a mask."""
     saliency = scaled.square().where(allowed, -1.0)
     best = saliency.sort(dim=1, descending=True, stable=True).indices[:, :n]
@@ -121,4 +123,24 @@ def _cpu_refuses(weight: Tensor, u: Tensor) -> str | None:
     return compiled.why_not("cpu")
 
 
-KERNELS = (Kernel("cpu", on_cpu, _cpu_refuses), Kernel("reference", reference, never_refuses))
+def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
+    # here, because importing sparsekern must not need Triton
+    from sparsekern.ops.triton import obs_sweep
+
+    return obs_sweep.run(*arguments)
+
+
+def _triton_refuses(weight: Tensor, u: Tensor) -> str | None:
+    for name, tensor in (("weight", weight), ("u", u)):
+        if tensor.device.type != "cuda":
+            return f"{name} must be on a CUDA device, got {tensor.device}"
+        if tensor.dtype != torch.float32:
+            return f"{name} must be float32, got {tensor.dtype}"
+    return triton.why_not()
+
+
+KERNELS = (
+    Kernel("triton", _triton, _triton_refuses),
+    Kernel("cpu", on_cpu, _cpu_refuses),
+    Kernel("reference", reference, never_refuses),
+)
