@@ -9,8 +9,8 @@ from torch import Tensor
 BITS = (4, 8)
 # the largest weight of a row at 4 bits is best cut by a sixth or so; no row was seen to gain from less than half
 _SHRINK = torch.linspace(1.0, 0.5, 26)
-# rows whose candidates the cache holds
-_ROWS = 64
+# weights whose candidates the cache holds
+_CACHED = 1 << 16
 
 
 def levels(bits: int) -> int:
@@ -37,9 +37,9 @@ def best_scale(weight: Tensor, importance: Tensor, largest: int) -> Tensor:
 
     Returns [rows], 0 for a row of zeros.
     """
-    importance = importance.expand_as(weight)
+    rows = max(_CACHED // max(weight.shape[1], 1), 1)
     scales = []
-    for w, factor in zip(weight.split(_ROWS), importance.split(_ROWS), strict=True):
+    for w, factor in zip(weight.split(rows), importance.expand_as(weight).split(rows), strict=True):
         most = w.abs().where(factor > 0, 0.0).amax(dim=1) / largest
         best, least = most.clone(), torch.full_like(most, torch.inf)
         for shrink in _SHRINK.tolist():

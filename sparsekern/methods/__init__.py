@@ -1,5 +1,6 @@
 """Pruning methods: a frozen dataclass holds the settings, prune(weight, stats, pattern) returns the pruned weight."""
 
+from sparsekern.methods.gptq import GPTQ
 from sparsekern.methods.magnitude import Magnitude
 from sparsekern.methods.obd import OBD, LayerOBD
 from sparsekern.methods.obs import OBS
@@ -15,4 +16,4 @@ METHODS = {
     "sparsegpt": SparseGPT,
 }
 
-__all__ = ["METHODS", "OBD", "OBS", "LayerOBD", "Magnitude", "SparseGPT", "Wanda"]
+__all__ = ["GPTQ", "METHODS", "OBD", "OBS", "LayerOBD", "Magnitude", "SparseGPT", "Wanda"]
