@@ -113,7 +113,7 @@ def parts(weight: Tensor, stats: Gram, pattern: Pattern) -> dict[str, Callable[[
 
     def threshold(_: int) -> None:
         for block, corner in zip(blocks, corners, strict=True):
-            saliency = (weight[:, block] / corner.diagonal()).square_().view(1, -1)
+            saliency = (weight[:, block].contiguous() / corner.diagonal()).square_().view(1, -1)
             kept = torch.tensor([saliency.shape[1] // 2])
             pick(keep_largest.KERNELS, saliency).run(saliency, kept)
 
