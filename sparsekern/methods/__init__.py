@@ -1,9 +1,11 @@
 """Pruning methods: a frozen dataclass holds the settings, prune(weight, stats, pattern) returns the pruned weight."""
 
+from sparsekern.methods.admm import ADMM
 from sparsekern.methods.gptq import GPTQ
 from sparsekern.methods.magnitude import Magnitude
 from sparsekern.methods.obd import OBD, LayerOBD
 from sparsekern.methods.obs import OBS
+from sparsekern.methods.refine import Refine
 from sparsekern.methods.sparsegpt import SparseGPT
 from sparsekern.methods.wanda import Wanda
 
@@ -14,6 +16,7 @@ METHODS = {
     "obs": OBS,
     "wanda": Wanda,
     "sparsegpt": SparseGPT,
+    "admm": ADMM,
 }
 
-__all__ = ["GPTQ", "METHODS", "OBD", "OBS", "LayerOBD", "Magnitude", "SparseGPT", "Wanda"]
+__all__ = ["ADMM", "GPTQ", "METHODS", "OBD", "OBS", "LayerOBD", "Magnitude", "Refine", "SparseGPT", "Wanda"]
