@@ -2,7 +2,7 @@
 
 from sparsekern.linear import SparseLinear, densify, sparsify
 from sparsekern.measure import measure
-from sparsekern.methods import GPTQ, OBD, OBS, LayerOBD, Magnitude, SparseGPT, Wanda
+from sparsekern.methods import ADMM, GPTQ, OBD, OBS, LayerOBD, Magnitude, Refine, SparseGPT, Wanda
 from sparsekern.oneshot import prune
 from sparsekern.pattern import NM, Unstructured, as_pattern
 from sparsekern.permute import permute
@@ -11,6 +11,7 @@ from sparsekern.plan import Plan, Unmeasured
 __version__ = "0.1.0"
 
 __all__ = [
+    "ADMM",
     "GPTQ",
     "NM",
     "OBD",
@@ -18,6 +19,7 @@ __all__ = [
     "LayerOBD",
     "Magnitude",
     "Plan",
+    "Refine",
     "SparseGPT",
     "SparseLinear",
     "Unmeasured",

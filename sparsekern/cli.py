@@ -69,11 +69,12 @@ def prune(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="directory to write; must not exist")],
     calibration: Annotated[str | None, typer.Option(help="text file, or dataset name[:config[:split]]")] = None,
-    method: Annotated[str, typer.Option(help=" | ".join(METHODS))] = "sparsegpt",
+    method: Annotated[str, typer.Option(help=" | ".join(METHODS))] = "admm",
     pattern: Annotated[str, typer.Option(help='"2:4", any N:M, or a sparsity: 0.5, "60%"')] = "2:4",
     samples: Annotated[int, typer.Option(help="calibration windows")] = 128,
     seqlen: Seqlen = None,
     seed: Annotated[int, typer.Option(help="which windows are drawn")] = 0,
+    refine: Annotated[int, typer.Option(help="least-squares steps on the weights that the method kept")] = 0,
     skip: Annotated[list[str] | None, typer.Option(help='layers to leave dense, with wildcards: "*.down_proj"')] = None,
     permute: Annotated[
         bool, typer.Option("--permute", help="first reorder channels so that N:M loses less; outputs stay the same")
@@ -110,7 +111,7 @@ def prune(
 
     perplexity = {"before": _perplexity(source, test, seqlen, "dense perplexity")} if heldout is not None else None
     permuted = permute_model(source, wanted, batches, seed=seed, progress=not as_json) if permute else None
-    report = prune_model(source, settings, wanted, batches, skip=skip or [], progress=not as_json)
+    report = prune_model(source, settings, wanted, batches, refine=refine, skip=skip or [], progress=not as_json)
     if perplexity is not None:
         perplexity["after"] = _perplexity(source, test, seqlen, "pruned perplexity")
 

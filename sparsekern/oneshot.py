@@ -1,8 +1,8 @@
 """prune(): one method over a whole model, one decoder block after the other."""
 
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass, replace
 from fnmatch import fnmatch
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from sparsekern import hf
 from sparsekern.calibrate import Walk
 from sparsekern.gradients import squared_gradients
-from sparsekern.pattern import Pattern, as_pattern
+from sparsekern.methods import Refine
+from sparsekern.pattern import Pattern, Unstructured, as_pattern
 from sparsekern.stats import GradSquare, Gram
 
 
@@ -81,9 +82,10 @@ class PruneReport:
 def prune(
     model: nn.Module,
     method: Any,
-    pattern: Pattern | str | float,
+    pattern: Pattern | str | float | Mapping[str, Pattern | str | float],
     calibration: Iterable[Any] | None = None,
     *,
+    refine: int = 0,
     skip: Iterable[str] = (),
     errors: bool = True,
     progress: bool = False,
@@ -91,9 +93,11 @@ def prune(
     """Prune the Linear layers and experts of the model's blocks in place; their weights then hold zeros.
 
     method       one of sparsekern.methods, e.g. SparseGPT()
-    pattern      "2:4", 0.5, "50%", NM(...) or Unstructured(...)
+    pattern      "2:4", 0.5, "50%", NM(...) or Unstructured(...); or one for each layer by name, and layers that are not
+                 named stay dense
     calibration  batches of token ids [batch, tokens], or keyword batches for models that take something else; a method
                  that needs no statistics does without, and the report then holds no errors
+    refine       at most this many conjugate gradient steps on what the method kept, 0 for none: Refine(method, steps)
     skip         names of layers to leave dense, with wildcards: "*.down_proj"
     errors       gather a Gram matrix of every input for the report; False gathers only what the method needs. A method
                  that needs gradients sees no inputs: its report holds no errors
@@ -104,12 +108,14 @@ def prune(
     needs calibration and there is none; RuntimeError when a Hessian cannot be factored.
     """
     started = time.perf_counter()
-    pattern = as_pattern(pattern)
+    method = Refine(method, refine) if refine else method
     if method.needs is not None and calibration is None:
         raise ValueError(f"{type(method).__name__} needs calibration batches, got None; Magnitude() does without")
     layers, skipped = select(model, pattern, skip, method)
-    report = PruneReport(repr(method), str(pattern), skipped=skipped)
     names = {name for name, _ in layers}
+    patterns = {name: as_pattern(pattern[name] if isinstance(pattern, Mapping) else pattern) for name in names}
+    report = PruneReport(_words(method), _described(patterns), skipped=skipped)
+    across = _across_the_model(method, patterns)
     differentiates = method.needs is GradSquare
     statistic = None if differentiates else Gram if errors else method.needs
     walk = None if calibration is None or statistic is None else Walk(model, calibration, statistic)
@@ -123,10 +129,15 @@ def prune(
         visits = walk or ((name, layer, None) for name, layer in layers)
         if differentiates:
             visits = squared_gradients(model, calibration, names, show)
+        if across:
+            # gradients are all there by now, and magnitudes need no statistics
+            visits = list(visits) if differentiates else visits
+            all_layers = visits if differentiates else [(name, layer, None) for name, layer in layers]
+            patterns = _spread(all_layers, method, patterns)
         for name, layer, stats in visits:
             if name in names:
                 bar.update(task, description=name)
-                row = _prune_layer(name, layer, stats, method, pattern)
+                row = _prune_layer(name, layer, stats, method, patterns[name])
                 report.layers.append(replace(row, fallback=walk.borrowed.get(name) if walk else None))
                 bar.advance(task)
             # the loop's own name would keep a block's statistics alive while the next block's are gathered
@@ -142,7 +153,10 @@ def prune(
 
 
 def select(
-    model: nn.Module, pattern: Pattern, skip: Iterable[str] = (), method: Any = None
+    model: nn.Module,
+    pattern: Pattern | str | float | Mapping[str, Pattern | str | float],
+    skip: Iterable[str] = (),
+    method: Any = None,
 ) -> tuple[list[tuple[str, hf.Layer]], list[tuple[str, str]]]:
     """The layers that prune() would prune, checked, and those it would leave dense with the reason; both with names.
 
@@ -157,9 +171,64 @@ def select(
             raise ValueError(f"skip {glob!r} names no layer; the first one is {(left + layers)[0][0]}")
     if not layers:
         raise ValueError(f"{type(model).__name__} has no layer left to prune: {len(left)} skipped by name")
+    unnamed = []
+    if isinstance(pattern, Mapping):
+        if unknown := set(pattern) - {name for name, _ in layers + left}:
+            raise ValueError(
+                f"pattern names {sorted(unknown)[0]!r}, which is no layer; the first one is {layers[0][0]}"
+            )
+        unnamed = [name for name, _ in layers if name not in pattern]
+        layers = [(name, layer) for name, layer in layers if name in pattern]
     for name, layer in layers:
-        _check(name, layer, pattern, method)
-    return layers, [*hf.skipped(model), *((name, "skipped by name") for name, _ in left)]
+        _check(name, layer, as_pattern(pattern[name] if isinstance(pattern, Mapping) else pattern), method)
+    by_name = [(name, "skipped by name") for name, _ in left] + [(name, "no pattern names it") for name in unnamed]
+    return layers, [*hf.skipped(model), *by_name]
+
+
+def _described(patterns: Mapping[str, Pattern]) -> str:
+    """One pattern by its own words, several unstructured ones by the range of their sparsities."""
+    words = sorted({str(pattern) for pattern in patterns.values()})
+    if len(words) <= 2:
+        return " and ".join(words)
+    return f"{len(words)} patterns from {words[0]} to {words[-1]}"
+
+
+def _words(method: Any) -> str:
+    """The method with those of its settings that are not the default's: "SparseGPT", "Refine(method=Wanda, steps=10)"."""
+    changed = [(f.name, getattr(method, f.name)) for f in fields(method) if getattr(method, f.name) != _default(f)]
+    settings = [f"{name}={_words(value) if is_dataclass(value) else repr(value)}" for name, value in changed]
+    return type(method).__name__ + (f"({', '.join(settings)})" if settings else "")
+
+
+def _default(setting: Field) -> Any:
+    return setting.default if setting.default_factory is MISSING else setting.default_factory()
+
+
+def _across_the_model(method: Any, patterns: Mapping[str, Pattern]) -> bool:
+    """Whether the weights of all layers compete, and the method can rank them before the first is pruned."""
+    if not any(isinstance(pattern, Unstructured) and pattern.scope == "model" for pattern in patterns.values()):
+        return False
+    if len(set(patterns.values())) > 1:
+        raise ValueError('scope "model" is one pattern for all layers; give them other scopes to tell them apart')
+    if method.needs not in (None, GradSquare) or not hasattr(method, "saliency"):
+        raise ValueError(
+            f'{type(method).__name__} cannot rank the weights of all layers at once, as scope "model" needs: what a'
+            " layer reads depends on those before it; Magnitude and OBD can"
+        )
+    return True
+
+
+def _spread(
+    visits: list[tuple[str, hf.Layer, Any]], method: Any, patterns: Mapping[str, Pattern]
+) -> dict[str, Pattern]:
+    """Each layer's share of a pattern of scope "model"."""
+    saliencies = {}
+    for name, layer, stats in visits:
+        try:
+            saliencies[name] = method.saliency(hf.weight(layer), stats)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return next(iter(patterns.values())).spread(saliencies)
 
 
 def _check(name: str, layer: hf.Layer, pattern: Pattern, method: Any) -> None:

@@ -4,7 +4,7 @@ A mask is True where a weight is kept. Counts are exact and ties go to the lower
 that stands first in its row (then in the first row) is kept, so the same input always gives the same mask.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsekern.ops import keep_largest as op
 from sparsekern.ops.kernel import pick
 
-Scope = Literal["row", "block", "layer"]
+Scope = Literal["row", "block", "layer", "model"]
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,9 @@ class Unstructured:
     """Prune round(sparsity * size) weights, wherever they stand.
 
     sparsity  fraction pruned, 0..1
-    scope     where saliencies compete: each output row ("row"), the columns a solver updates together ("block"), or the
-              whole layer ("layer"); None leaves it to the method, as its paper has it
+    scope     where saliencies compete: each output row ("row"), the columns a solver updates together ("block"), the
+              whole layer ("layer") or all layers ("model", which prune() resolves); None leaves it to the method, as
+              its paper has it
 
     Raises ValueError for a sparsity outside 0..1 or an unknown scope.
     """
@@ -34,8 +35,8 @@ class Unstructured:
     def __post_init__(self):
         if not 0 <= self.sparsity <= 1:
             raise ValueError(f"sparsity must lie in 0..1, got {self.sparsity}")
-        if self.scope not in ("row", "block", "layer", None):
-            raise ValueError(f'scope must be "row", "block" or "layer", got {self.scope!r}')
+        if self.scope not in ("row", "block", "layer", "model", None):
+            raise ValueError(f'scope must be "row", "block", "layer" or "model", got {self.scope!r}')
 
     def __str__(self) -> str:
         return f"{100 * self.sparsity:g}%"
@@ -46,6 +47,22 @@ class Unstructured:
 
     def check(self, in_features: int) -> None:
         """Every layer can hold an unstructured mask."""
+
+    def spread(self, saliencies: Mapping[str, Tensor]) -> "dict[str, Unstructured]":
+        """Scope "model", layer by layer: all weights compete, and each layer learns how many it loses.
+
+        saliencies  by layer, [out_features, in_features] float32, lowest is pruned first
+
+        Returns a pattern of scope "layer" for each; together they prune round(sparsity * size) weights exactly, and
+        layer by layer the same ones, ties to the layer that stands first.
+        """
+        flat = torch.cat([saliency.reshape(-1) for saliency in saliencies.values()])
+        kept = keep_largest(flat[None], [self.kept(len(flat))])[0]
+        parts = kept.split([saliency.numel() for saliency in saliencies.values()])
+        return {
+            name: Unstructured(1 - int(part.sum()) / max(part.numel(), 1), "layer")
+            for name, part in zip(saliencies, parts, strict=True)
+        }
 
     def kept(self, size: int) -> int:
         """How many of `size` weights stay."""
@@ -60,6 +77,8 @@ class Unstructured:
         rounding over the rows, so that they differ by one weight at most and the total is still exact. Scope "block"
         means: the columns given here are the block.
         """
+        if self.scope == "model":
+            raise ValueError('scope "model" is for prune(): one layer does not know what the others hold')
         rows, columns = saliency.shape
         if self.scope != "row":
             return keep_largest(saliency.reshape(1, -1), [self.kept(saliency.numel())]).view(rows, columns)

@@ -136,7 +136,7 @@ BAD = {
     "not a checkpoint": (("eval", HERE, "--text", HELDOUT), "holds no config.json"),
     "missing text": ((*PRUNE, "--calibration", f"{NOWHERE}.txt"), "no such file"),
     "short text": ((*PRUNE, "--calibration", TOO_SHORT), "a window needs 64 tokens"),
-    "no calibration": (PRUNE, "method sparsegpt needs --calibration"),
+    "no calibration": (PRUNE, "method admm needs --calibration"),
     "unknown method": ((*PRUNE, "--method", "magic"), f"method must be one of {', '.join(METHODS)}, got 'magic'"),
     "permute without groups": ((*CALIBRATED, "--pattern", "0.5", "--permute"), "--permute helps N:M patterns only"),
     "permute without calibration": (

@@ -189,3 +189,51 @@ def test_a_method_without_the_calibration_it_needs_is_refused(model):
 
 def test_no_layer_left_is_refused(model):
     refused(model, "has no layer left to prune: 14 skipped by name", sk.Magnitude(), 0.5, skip=["*"])
+
+
+def test_a_pattern_for_each_layer_leaves_the_others_dense(model, batches):
+    wanted = {"model.layers.0.mlp.up_proj": "2:4", "model.layers.1.self_attn.o_proj": 0.75}
+    report = sk.prune(model, sk.Wanda(), wanted, batches)
+    assert {row.name: row.sparsity for row in report.layers} == {
+        "model.layers.0.mlp.up_proj": 0.5, "model.layers.1.self_attn.o_proj": 0.75,
+    }  # fmt: skip
+    assert ("model.layers.0.mlp.down_proj", "no pattern names it") in report.skipped
+    assert (model.model.layers[0].mlp.down_proj.weight != 0).all()
+    assert report.pattern == "2:4 and 75%"
+
+
+def test_a_pattern_for_a_layer_that_is_not_there_is_refused(model):
+    with pytest.raises(ValueError, match=r"pattern names 'model.layers.7', which is no layer"):
+        sk.prune(model, sk.Magnitude(), {"model.layers.7": 0.5})
+
+
+@pytest.mark.parametrize("method", [sk.Magnitude(), sk.OBD()], ids=repr)
+def test_scope_model_prunes_the_lowest_of_all_layers(model, batches, method):
+    for index, layer in enumerate(linears(model).values()):
+        layer.weight.data.mul_(1 + index)
+    sizes = [layer.weight.numel() for layer in linears(model).values()]
+    before = {name: layer.weight.data.clone() for name, layer in linears(model).items()}
+    report = sk.prune(model, method, sk.Unstructured(0.6, "model"), batches)
+    zeros = [int((layer.weight == 0).sum()) for layer in linears(model).values()]
+    assert sum(zeros) == round(0.6 * sum(sizes))
+    assert len({row.sparsity for row in report.layers}) > 2
+    if isinstance(method, sk.Magnitude):
+        after = linears(model)
+        kept = torch.cat([before[name][layer.weight != 0].abs() for name, layer in after.items()])
+        gone = torch.cat([before[name][layer.weight == 0].abs() for name, layer in after.items()])
+        assert gone.max() <= kept.min()
+
+
+def test_scope_model_is_refused_where_layers_depend_on_each_other(model, batches):
+    with pytest.raises(ValueError, match='Wanda cannot rank the weights of all layers at once, as scope "model" needs'):
+        sk.prune(model, sk.Wanda(), sk.Unstructured(0.5, "model"), batches)
+
+
+def test_refine_lowers_the_error_of_every_layer_and_keeps_its_mask(model, batches):
+    refined = copy.deepcopy(model)
+    plain = sk.prune(model, sk.Wanda(), "2:4", batches)
+    report = sk.prune(refined, sk.Wanda(), "2:4", batches, refine=10)
+    assert report.layers[0].error < plain.layers[0].error
+    first = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(model.get_parameter(first) == 0, refined.get_parameter(first) == 0)
+    assert report.method == "Refine(method=Wanda, steps=10)"

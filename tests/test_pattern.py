@@ -119,3 +119,24 @@ def test_nan_saliency_is_refused(pattern):
 def test_infinite_saliency_is_kept():
     saliency = torch.tensor([[1.0, torch.inf, 2.0, torch.inf]])
     assert Unstructured(0.5, "row").mask(saliency).tolist() == [[False, True, False, True]]
+
+
+def test_weights_of_all_layers_compete_when_the_scope_is_the_model():
+    g = torch.Generator().manual_seed(0)
+    saliencies = {"a": torch.rand(3, 7, generator=g), "b": 2 * torch.rand(5, 4, generator=g), "c": torch.rand(1, 1)}
+    patterns = Unstructured(0.6, "model").spread(saliencies)
+    kept = [patterns[name].mask(saliency) for name, saliency in saliencies.items()]
+    assert sum(int((~mask).sum()) for mask in kept) == round(0.6 * 42)
+    highest = max(
+        float(saliency[~mask].max()) for saliency, mask in zip(saliencies.values(), kept, strict=True) if not mask.all()
+    )
+    lowest = min(
+        float(saliency[mask].min()) for saliency, mask in zip(saliencies.values(), kept, strict=True) if mask.any()
+    )
+    assert highest < lowest
+    assert patterns["a"].sparsity > patterns["b"].sparsity
+
+
+def test_one_layer_alone_refuses_the_scope_of_the_model():
+    with pytest.raises(ValueError, match='scope "model" is for prune'):
+        Unstructured(0.5, "model").mask(torch.rand(2, 4))
