@@ -194,7 +194,9 @@ def _described(patterns: Mapping[str, Pattern]) -> str:
 
 
 def _words(method: Any) -> str:
-    """The method with those of its settings that are not the default's: "SparseGPT", "Refine(method=Wanda, steps=10)"."""
+    """The method and its settings other than the default's: "SparseGPT", "Refine(method=Wanda, steps=10)"."""
+    if not is_dataclass(method):
+        return repr(method)
     changed = [(f.name, getattr(method, f.name)) for f in fields(method) if getattr(method, f.name) != _default(f)]
     settings = [f"{name}={_words(value) if is_dataclass(value) else repr(value)}" for name, value in changed]
     return type(method).__name__ + (f"({', '.join(settings)})" if settings else "")
