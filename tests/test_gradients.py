@@ -94,6 +94,19 @@ def test_a_plain_module_with_a_loss_serves_and_what_the_loss_ignores_is_left_out
         torch.testing.assert_close(square, want[name])
 
 
+def test_a_sequence_that_does_not_reach_a_layer_counts_as_a_gradient_of_zero():
+    model = Plain()
+    model.blocks[0].forward = lambda x: (model.blocks[0].unused if x[0, 0] > 0 else model.blocks[0].used)(x)
+    batch = {"x": torch.randn(2, 6), "labels": torch.randn(2, 5)}
+    batch["x"][:, 0] = torch.tensor([1.0, -1.0])
+    want = by_hand(model, [batch])
+    got = {name: stats for name, _, stats in squared_gradients(model, [batch])}
+    assert list(got) == ["blocks.0.used", "blocks.0.unused", "blocks.1.used"]
+    for name, stats in got.items():
+        assert stats.samples == 2
+        torch.testing.assert_close(stats.mean_square, want[name])
+
+
 def test_only_the_wanted_layers_are_differentiated_and_progress_counts_sequences():
     model, told = tiny_models.make("llama"), []
     name = "model.layers.1.mlp.up_proj"

@@ -98,8 +98,7 @@ def removal_order(weight: Tensor, inverse: Tensor, pattern: Pattern) -> Tensor:
 def _remove(weight: Tensor, inverse: Tensor, pattern: Pattern, steps: int) -> tuple[Tensor, Tensor]:
     """Remove weight after weight from each row, `steps` of them or until no more may go.
 
-    Returns the column of each removal [rows, steps] and what it cost [rows, steps]: -1 for a weight that was zero
-    already, inf for a step that removed nothing.
+    Returns the column of each removal [rows, steps] and what it cost [rows, steps]: inf where nothing was removed.
     """
     w, present, gone = weight.clone(), weight != 0, torch.zeros_like(weight, dtype=torch.bool)
     rows, columns = w.shape
@@ -111,7 +110,8 @@ def _remove(weight: Tensor, inverse: Tensor, pattern: Pattern, steps: int) -> tu
         # what the block takes off each inverse is v^T v; it is taken off at once, by a product of matrices
         v = w.new_zeros(rows, min(BLOCK, steps - start), columns)
         for i in range(v.shape[1]):
-            saliency = (w.square() / (2 * diagonal)).where(present, -1.0)
+            # zero, the least, for weights that were zero before: the first that go, and nothing moves when they do
+            saliency = w.square() / (2 * diagonal)
             lowest, q = saliency.where(_may_go(present, gone, pattern), torch.inf).min(dim=1)
             removes = lowest.isfinite()
             h_q = inverse[row, q] - torch.bmm(v[row, :i, q][:, None], v[:, :i])[:, 0]

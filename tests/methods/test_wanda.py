@@ -49,3 +49,7 @@ def test_pruning_twice_changes_nothing():
     for pattern in (NM(2, 4), Unstructured(0.5)):
         once = Wanda().prune(torch.randn(9, 16), stats, pattern)
         assert torch.equal(Wanda().prune(once, stats, pattern), once)
+
+
+def test_what_is_pruned_ranks_below_what_is_worth_nothing():
+    assert Wanda().saliency(torch.tensor([[0.0, 2.0, 3.0]]), norms(1.0, 0.0, 2.0)).tolist() == [[-1, 0, 6]]
