@@ -128,15 +128,16 @@ void expand_bitmap_checked(const Weight& packed, Address dense, int64_t dense_si
 }
 
 void obs_sweep_checked(Address weight, int64_t weight_stride, Address u, Address mask, int64_t mask_stride, int64_t n,
-                       int64_t m, Address scale, int64_t levels, Address pruned, Address e, int64_t rows,
-                       int64_t block, int threads, const std::string& isa) {
+                       int64_t m, Address scale, int64_t levels, Address pruned, int64_t pruned_stride, Address e,
+                       int64_t e_stride, int64_t rows, int64_t block, int threads, const std::string& isa) {
   check(threads > 0, "threads must be positive, got " + std::to_string(threads));
   check(rows >= 0 && block >= 0, "rows and block must not be negative, got " + std::to_string(rows) + " and " +
                                      std::to_string(block));
   // 2^20 columns are 4 TB of U: no honest request
   check(block < int64_t{1} << 20 && rows < int64_t{1} << 40, "the block is impossible: " + std::to_string(rows) + " by " +
                                                                  std::to_string(block));
-  check(weight_stride >= block && mask_stride >= block, "strides must not be below the block's width");
+  check(weight_stride >= block && mask_stride >= block && pruned_stride >= block && e_stride >= block,
+        "strides must not be below the block's width");
   check(m == 0 || (0 < n && n <= m && block % m == 0), "N:M must divide the block, got " + std::to_string(n) + ":" +
                                                             std::to_string(m));
   check(levels >= 0 && levels <= 1 << 20, "levels must lie in 0..2^20, got " + std::to_string(levels));
@@ -152,7 +153,9 @@ void obs_sweep_checked(Address weight, int64_t weight_stride, Address u, Address
                           reinterpret_cast<const float*>(scale),
                           static_cast<float>(levels),
                           reinterpret_cast<float*>(pruned),
+                          pruned_stride,
                           reinterpret_cast<float*>(e),
+                          e_stride,
                           rows,
                           block};
   bool done;
@@ -270,8 +273,8 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("obs_sweep_sets", [] { return names_of(kObsSweepSets); }, "Those this machine has, best first.");
   module.def("obs_sweep", obs_sweep_checked, py::arg("weight"), py::arg("weight_stride"), py::arg("u"), py::arg("mask"),
              py::arg("mask_stride"), py::arg("n"), py::arg("m"), py::arg("scale"), py::arg("levels"),
-             py::arg("pruned"), py::arg("e"), py::arg("rows"), py::arg("block"), py::arg("threads"),
-             py::arg("isa") = "");
+             py::arg("pruned"), py::arg("pruned_stride"), py::arg("e"), py::arg("e_stride"), py::arg("rows"),
+             py::arg("block"), py::arg("threads"), py::arg("isa") = "");
   module.def("keep_largest", keep_largest_checked, py::arg("saliency"), py::arg("kept"), py::arg("kept_stride"),
              py::arg("mask"), py::arg("sets"), py::arg("size"), py::arg("threads"));
   module.def("stream_read", stream_read_checked, py::arg("buffer"), py::arg("bytes"), py::arg("threads"));

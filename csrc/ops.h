@@ -6,7 +6,7 @@
 namespace sparsekern {
 
 // Raised by one whenever a signature or a layout here changes; ops/compiled.py refuses a module that has another.
-constexpr int kAbi = 2;
+constexpr int kAbi = 3;
 
 enum class DType : int { kBFloat16 = 0, kFloat32 = 1, kFloat16 = 2 };
 
@@ -61,8 +61,8 @@ void expand_bitmap(const BitmapWeight& weight, void* dense, int64_t first_panel,
 //   mask    [rows, block], a row every mask_stride bytes, 1 = may be kept
 //   n, m    keep n of every m columns, chosen on repaired weights; m divides block. m = 0 keeps all that mask allows
 //   scale   [rows], the step of the grid, or null; levels, its largest integer, at most 2^20
-//   pruned  [rows, block], every element written
-//   e       [rows, block], every element written
+//   pruned  [rows, block], a row every pruned_stride elements, every element written; may be weight itself
+//   e       [rows, block], a row every e_stride elements, every element written
 struct ObsSweep {
   const float* weight;
   int64_t weight_stride;
@@ -74,7 +74,9 @@ struct ObsSweep {
   const float* scale;
   float levels;
   float* pruned;
+  int64_t pruned_stride;
   float* e;
+  int64_t e_stride;
   int64_t rows;
   int64_t block;
 };

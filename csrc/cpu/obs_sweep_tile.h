@@ -128,9 +128,9 @@ void prefetch(const ObsSweep& sweep, int64_t first_row) {
   }
 }
 
-// `column_of(i)` is column i of the tile, `target` [rows, block] the whole of the result.
+// `column_of(i)` is column i of the tile, `target` [rows, block] the whole of the result, a row every `stride` elements.
 template <class ColumnOf>
-void store(const Tile& tile, float* target, ColumnOf column_of) {
+void store(const Tile& tile, float* target, int64_t stride, ColumnOf column_of) {
   const int64_t block = tile.sweep.block;
   for (int64_t first = 0; first < block; first += kLanes) {
     const int64_t columns = block - first < kLanes ? block - first : kLanes;
@@ -139,7 +139,7 @@ void store(const Tile& tile, float* target, ColumnOf column_of) {
       for (int64_t column = 0; column < columns; ++column) square[column] = column_of(first + column).rows[vector];
       transpose(square);
       for (int64_t lane = 0; lane < kLanes && vector * kLanes + lane < tile.rows; ++lane) {
-        float* row = target + (tile.first_row + vector * kLanes + lane) * block + first;
+        float* row = target + (tile.first_row + vector * kLanes + lane) * stride + first;
         if (columns == kLanes) {
           __builtin_memcpy(row, &square[lane], sizeof(Floats));
         } else {
@@ -241,8 +241,8 @@ void sweep_tile(const ObsSweep& sweep, int64_t first_row, int64_t rows, void* sc
       columns(tile, start, stop, end, scale);
     }
   }
-  store(tile, sweep.pruned, [w](int64_t column) -> const Column& { return w[column]; });
-  store(tile, sweep.e, [errors](int64_t column) -> const Column& { return errors[column].e; });
+  store(tile, sweep.pruned, sweep.pruned_stride, [w](int64_t column) -> const Column& { return w[column]; });
+  store(tile, sweep.e, sweep.e_stride, [errors](int64_t column) -> const Column& { return errors[column].e; });
 }
 
 }  // namespace

@@ -119,13 +119,13 @@ class _Layer:
     def sweep(self, start: Tensor, u: Tensor, scales: list[Tensor]) -> Tensor:
         """`start` on the grid by one sweep of GPTQ [out_features, in_features]."""
         w = start.where(self.mask, 0.0)
-        sweep = pick(obs_sweep.KERNELS, w, u).run
+        sweep, e = pick(obs_sweep.KERNELS, w, u).run, w.new_empty(w.shape[0], self.block_size)
         for group, scale in zip(self.groups, scales, strict=True):
             for block in self.blocks(group):
-                u_here = u[block, block].contiguous()
-                w[:, block], e = sweep(w[:, block], u_here, self.mask[:, block], None, scale, self.largest)
+                here, u_here, errors = w[:, block], u[block, block].contiguous(), e[:, : block.stop - block.start]
+                sweep(here, u_here, self.mask[:, block], None, scale, self.largest, out=(here, errors))
                 if block.stop < w.shape[1]:
-                    addmm(w[:, block.stop :], e, u[block, block.stop :], -1.0)
+                    addmm(w[:, block.stop :], errors, u[block, block.stop :], -1.0)
         return w
 
     def descend(self, w: Tensor, scales: list[Tensor], passes: int) -> Tensor:

@@ -85,10 +85,13 @@ class SparseGPT:
         if not nm and pattern.scope != "block":
             chosen = pattern.mask(_saliency(w, u, present))
         scale, largest = None, grid.levels(self.bits) if self.bits else 0
+        # the same for every block: fresh memory costs more than what is written to it
+        errors, saliencies = (w.new_empty(w[:, : self.block_size].numel()) for _ in range(2))
 
         for start in range(0, w.shape[1], self.block_size):
             block = slice(start, min(start + self.block_size, w.shape[1]))
             here, u_here = w[:, block], u[block, block].contiguous()
+            e, saliency = (x[: here.numel()].view(here.shape) for x in (errors, saliencies))
             allowed = None if present is None else present[:, block]
             if nm:
                 mask = everything[:, : here.shape[1]]
@@ -97,12 +100,12 @@ class SparseGPT:
             elif self.original:
                 mask = _mask_of_the_authors(here, u_here, pattern.sparsity)
             else:
-                mask = _block_mask(_saliency(here, u_here, allowed), block, pattern)
+                mask = _block_mask(_saliency(here, u_here, allowed, saliency), block, pattern)
             if largest and start % (self.group_size or w.shape[1]) == 0:
                 group = slice(start, start + (self.group_size or w.shape[1]))
                 scale = _group_scale(w[:, group], u[group, group], pattern, largest)
             mask = mask if allowed is None else mask & allowed
-            w[:, block], e = sweep(here, u_here, mask, nm, scale, largest)
+            sweep(here, u_here, mask, nm, scale, largest, out=(here, e))
             if block.stop < w.shape[1]:
                 addmm(w[:, block.stop :], e, u[block, block.stop :], -1.0)
         return w
@@ -116,11 +119,12 @@ class SparseGPT:
         return stats.inverse_cholesky(self.damping * (1 + dead / mean) if mean > 0 else self.damping)[0]
 
 
-def _saliency(w: Tensor, u: Tensor, present: Tensor | None) -> Tensor:
+def _saliency(w: Tensor, u: Tensor, present: Tensor | None, out: Tensor | None = None) -> Tensor:
+    out = torch.empty(w.shape, device=w.device) if out is None else out
     # torch divides a slice by a row five times slower than it copies the slice first
-    saliency = (w.contiguous() / u.diagonal()).square_()
+    saliency = out.copy_(w).div_(u.diagonal()).square_()
     # a repair may have reached a weight that was pruned before: it still goes first
-    return saliency if present is None else saliency.where(present, -1.0)
+    return saliency if present is None else saliency.masked_fill_(~present, -1.0)
 
 
 def _block_mask(saliency: Tensor, block: slice, pattern: Unstructured) -> Tensor:

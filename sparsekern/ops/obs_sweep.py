@@ -28,10 +28,11 @@ def reference(
     nm: tuple[int, int] | None = None,
     scale: Tensor | None = None,
     levels: int = 0,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Prune `weight` where `mask` is False and repair the columns to the right.
 
-    weight  [rows, block] float32, not modified
+    weight  [rows, block] float32, not modified unless it is in `out`
     u       [block, block] float32, upper triangular, contiguous
     mask    [rows, block] bool, True = may be kept
     nm      (n, m): of every m columns keep the n of largest saliency among those that `mask` allows, ties to the lower
@@ -39,12 +40,13 @@ def reference(
     scale   [rows] float32: a kept weight becomes clamp(round(w / scale), -levels, levels) * scale, half to even, and 0
             where the scale is 0; None rounds nothing
     levels  the largest integer of the grid, 127 for 8 bits
+    out     where to write what is returned; the first may be `weight` itself. None makes new tensors
 
     Returns the pruned block [rows, block], exactly +0.0 where pruned, and the scaled errors e [rows, block], which the
     caller owes to the columns after the block: W -= e @ U_right. Raises ValueError for shapes that do not fit, a block
     that m does not divide, and a scale without levels.
     """
-    check(weight, u, mask, nm, scale, levels)
+    check(weight, u, mask, nm, scale, levels, out)
     w, e, kept = weight.clone(), torch.zeros_like(weight), mask.clone()
     for j in range(w.shape[1]):
         if nm is not None and j % nm[1] == 0:
@@ -55,15 +57,22 @@ def reference(
         e[:, j] = (w[:, j] - q) / u[j, j]
         w[:, j + 1 :] -= e[:, j, None] * u[j, j + 1 :]
         w[:, j] = q
-    return w, e
+    return _into(out, w, e)
 
 
 def check(
-    weight: Tensor, u: Tensor, mask: Tensor, nm: tuple[int, int] | None, scale: Tensor | None, levels: int
+    weight: Tensor,
+    u: Tensor,
+    mask: Tensor,
+    nm: tuple[int, int] | None,
+    scale: Tensor | None,
+    levels: int,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Raises ValueError unless the arguments are what every kernel of this op takes."""
     rows, block = weight.shape
-    for name, tensor, shape in (("u", u, (block, block)), ("mask", mask, (rows, block)), ("scale", scale, (rows,))):
+    expected = [("u", u, (block, block)), ("mask", mask, (rows, block)), ("scale", scale, (rows,))]
+    for name, tensor, shape in [*expected, *(("out", tensor, (rows, block)) for tensor in out or ())]:
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} must be {list(shape)} for a weight {[rows, block]}, got {list(tensor.shape)}")
     # read by rows, the column-major factor that torch.linalg.cholesky(upper=True) returns is U transposed
@@ -90,6 +99,12 @@ def _nearest(w: Tensor, scale: Tensor, levels: int) -> Tensor:
     return (steps * scale).where(scale != 0, 0.0) + 0.0
 
 
+def _into(out: tuple[Tensor, Tensor] | None, pruned: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+    if out is None:
+        return pruned, e
+    return out[0].copy_(pruned), out[1].copy_(e)
+
+
 def on_cpu(
     weight: Tensor,
     u: Tensor,
@@ -97,21 +112,28 @@ def on_cpu(
     nm: tuple[int, int] | None = None,
     scale: Tensor | None = None,
     levels: int = 0,
+    out: tuple[Tensor, Tensor] | None = None,
     isa: str = "",
 ) -> tuple[Tensor, Tensor]:
     """The compiled kernel; `isa` names one of its instruction sets, "" the best this machine has."""
-    check(weight, u, mask, nm, scale, levels)
-    # a slice of a wider weight is read where it lies
-    weight, mask = (x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous() for x in (weight, mask))
+    check(weight, u, mask, nm, scale, levels, out)
+    # a slice of a wider weight is read, and written, where it lies
+    weight, mask = (x if _rows_are_contiguous(x) else x.contiguous() for x in (weight, mask))
     scale = None if scale is None else scale.float().contiguous()
-    pruned, e = (torch.empty(weight.shape) for _ in range(2))
+    direct = out and all(x.dtype == torch.float32 and _rows_are_contiguous(x) for x in out)
+    pruned, e = out if direct else (torch.empty(weight.shape) for _ in range(2))
     compiled.cpu().obs_sweep(
         *(weight.data_ptr(), weight.stride(0), u.data_ptr(), mask.data_ptr(), mask.stride(0)),
         *(nm or (0, 0)),
         *(0 if scale is None else scale.data_ptr(), levels),
-        *(pruned.data_ptr(), e.data_ptr(), *weight.shape, torch.get_num_threads(), isa),
+        *(pruned.data_ptr(), pruned.stride(0), e.data_ptr(), e.stride(0)),
+        *(*weight.shape, torch.get_num_threads(), isa),
     )
-    return pruned, e
+    return (pruned, e) if direct else _into(out, pruned, e)
+
+
+def _rows_are_contiguous(x: Tensor) -> bool:
+    return x.stride(1) == 1 and x.stride(0) >= x.shape[1]
 
 
 def _cpu_refuses(weight: Tensor, u: Tensor) -> str | None:
@@ -123,11 +145,11 @@ def _cpu_refuses(weight: Tensor, u: Tensor) -> str | None:
     return compiled.why_not("cpu")
 
 
-def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _triton(*arguments: Any, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     # here, because importing sparsekern must not need Triton
     from sparsekern.ops.triton import obs_sweep
 
-    return obs_sweep.run(*arguments)
+    return _into(out, *obs_sweep.run(*arguments))
 
 
 def _triton_refuses(weight: Tensor, u: Tensor) -> str | None:

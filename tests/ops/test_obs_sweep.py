@@ -151,6 +151,23 @@ class TestEveryKernel:
         for mine, whole in zip(got, kernel.run(weight, u, mask), strict=True):
             assert torch.equal(mine, whole)
 
+    def test_what_is_returned_can_be_written_in_place(self, kernel):
+        weight, _, u, mask = problem(rows=37, block=24)
+        pruned, e = kernel.run(weight, u, mask)
+        wide, errors = torch.full((37, 50), 2.0), torch.full((37, 24), torch.nan)
+        wide[:, 13:37] = weight
+        kernel.run(wide[:, 13:37], u, mask, out=(wide[:, 13:37], errors))
+        assert torch.equal(wide[:, 13:37], pruned)
+        assert torch.equal(errors, e)
+        assert (wide[:, :13] == 2).all()
+        assert (wide[:, 37:] == 2).all()
+        # where it cannot be written directly it is copied
+        columns = torch.full((24, 37), torch.nan).T
+        kernel.run(weight, u, mask, out=(columns, errors.double()))
+        assert torch.equal(columns, pruned)
+        with pytest.raises(ValueError, match=r"out must be \[37, 24\] for a weight \[37, 24\], got \[37, 23\]"):
+            kernel.run(weight, u, mask, out=(columns, errors[:, 1:]))
+
     def test_no_rows_and_no_columns_are_nothing_to_do(self, kernel):
         for rows, block in ((0, 8), (3, 0)):
             weight = torch.zeros(rows, block)
@@ -198,7 +215,7 @@ def test_every_instruction_set_matches_the_reference_with_the_same_mask(isa, pat
 def test_every_instruction_set_rounds_half_to_even_and_saturates(isa):
     weight = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, 9.0, -9.0, 1e30, -0.4]])
     mask = torch.ones(1, 9, dtype=torch.bool)
-    pruned, _ = obs_sweep.on_cpu(weight, torch.eye(9), mask, None, torch.ones(1), 7, isa)
+    pruned, _ = obs_sweep.on_cpu(weight, torch.eye(9), mask, None, torch.ones(1), 7, isa=isa)
     assert pruned.tolist() == [[0, 2, 2, 0, -2, 7, -7, 7, 0]]
     assert not torch.signbit(pruned[pruned == 0]).any()
 
@@ -233,4 +250,4 @@ def test_the_compiled_kernel_says_what_it_cannot_serve():
         *((0, 0, 0, 2, 1 << 20, 1, "the block is impossible"), (0, 0, 0, 2, 4, 0, "threads must be positive, got 0")),
     ):
         with pytest.raises(ValueError, match=why):
-            compiled.cpu().obs_sweep(*address, n, m, 0, levels, 0, 0, rows, block, threads)
+            compiled.cpu().obs_sweep(*address, n, m, 0, levels, 0, 4, 0, 4, rows, block, threads)
