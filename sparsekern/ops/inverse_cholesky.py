@@ -6,7 +6,7 @@ With H = R R^T, R upper triangular, U = R^-1. Cut in halves
         [B^T C]        [0    R_2]        [0    U_2]
 
 the lower right goes first: C = R_2 R_2^T, then X R_2^T = B, A - X X^T = R_1 R_1^T and R_1 Y = -X U_2. All but the small
-corners is matrix products. The two systems are solved stripe by stripe: to multiply by U_2 and U_1 instead would cost
+corners is matrix products. The two systems are solved by halves too: to multiply by U_2 and U_1 instead would cost
 the same and lose up to three times the accuracy.
 
 Sources: the block form of the Cholesky factorisation, read from the last row up (Golub & Van Loan, Matrix Computations,
@@ -19,8 +19,7 @@ from torch import Tensor
 from sparsekern.ops.addmm import addmm, matmul
 from sparsekern.ops.kernel import Kernel, never_refuses, pick
 
-# a corner this small is factored by the library, and systems are solved that many rows or columns at a time; smaller is
-# more accurate
+# a corner this small is factored by the library, and so is a system; smaller is more accurate
 _CORNER = 128
 # rows or columns of a triangle that one product takes; the zeros beyond them are left out
 _STRIPE = 512
@@ -67,28 +66,48 @@ def _factor(h: Tensor, u: Tensor) -> Tensor:
         h.copy_(r)
         u.copy_(corner)
         return failed
-    # a multiple of a cache line's floats
-    half = (size // 2 + 15) // 16 * 16
+    half = _half(size)
     r_1, x, r_2 = h[:half, :half], h[:half, half:], h[half:, half:]
     u_1, y, u_2 = u[:half, :half], u[:half, half:], u[half:, half:]
     failed = _factor(r_2, u_2)
-    # X takes the place of B, from its last columns to its first
-    for stripe in reversed(_stripes(size - half, _CORNER)):
-        addmm(x[:, stripe], x[:, stripe.stop :], r_2[stripe, stripe.stop :].T, -1.0)
-        x[:, stripe] = matmul(x[:, stripe], u_2[stripe, stripe].T)
-    for stripe in _stripes(half, _STRIPE):
+    # R_2 X^T = B^T: X takes the place of B
+    _solve(r_2, u_2, x.T)
+    for stripe in _stripes(half):
         addmm(r_1[stripe, stripe.start :], x[stripe], x[stripe.start :].T, -1.0)
     failed = failed | _factor(r_1, u_1)
-    for stripe in _stripes(size - half, _STRIPE):
+    for stripe in _stripes(size - half):
         addmm(y[:, stripe], x[:, : stripe.stop], u_2[: stripe.stop, stripe], -1.0)
-    for stripe in reversed(_stripes(half, _CORNER)):
-        addmm(y[stripe], r_1[stripe, stripe.stop :], y[stripe.stop :], -1.0)
-        y[stripe] = matmul(u_1[stripe, stripe], y[stripe])
+    _solve(r_1, u_1, y)
     return failed
 
 
-def _stripes(size: int, width: int) -> list[slice]:
-    return [slice(start, min(start + width, size)) for start in range(0, size, width)]
+def _solve(r: Tensor, u: Tensor, y: Tensor) -> None:
+    """Write the solution of R Y = B over `y`, which holds B; `u` is the inverse of R, of which the corners serve."""
+    size = len(r)
+    if size <= _CORNER:
+        y.copy_(matmul(u, y))
+        return
+    half = _half(size)
+    _solve(r[half:, half:], u[half:, half:], y[half:])
+    _subtract(y[:half], r[:half, half:], y[half:])
+    _solve(r[:half, :half], u[:half, :half], y[:half])
+
+
+def _subtract(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total -= a b, by its transpose where `total` is column-major: the kernels write rows."""
+    if total.stride(0) == 1:
+        addmm(total.T, b.T, a.T, -1.0)
+    else:
+        addmm(total, a, b, -1.0)
+
+
+def _half(size: int) -> int:
+    # a multiple of a cache line's floats
+    return (size // 2 + 15) // 16 * 16
+
+
+def _stripes(size: int) -> list[slice]:
+    return [slice(start, min(start + _STRIPE, size)) for start in range(0, size, _STRIPE)]
 
 
 def _by_halves_refuses(h: Tensor) -> str | None:
