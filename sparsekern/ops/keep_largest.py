@@ -1,7 +1,8 @@
 """keep_largest: the mask of the largest saliencies of each set, counted exactly.
 
-The threshold is selected, not sorted for: on the CPU by radix select on the floats' bit pattern, which orders them as
-their values do. Of equal saliencies the lower index is kept, so that the same input always gives the same mask.
+The threshold is selected, not sorted for: by radix select on the floats' bit pattern, which orders them as their values
+do, on the CPU and, for one set, on a card. Of equal saliencies the lower index is kept, so that the same input always
+gives the same mask.
 """
 
 import math
@@ -9,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from sparsekern.ops import compiled
+from sparsekern.ops import compiled, triton
 from sparsekern.ops.kernel import Kernel, never_refuses
 
 
@@ -21,9 +22,9 @@ def reference(saliency: Tensor, kept: Tensor) -> Tensor:
 
     Returns a bool tensor [sets, size]. Raises ValueError on NaN and on counts that are out of range.
     """
-    _check(saliency, kept)
+    check(saliency, kept)
     # NaN compares as neither larger nor smaller: it would break the counts and hide the fault that made it
-    _refuse_nan(int(saliency.isnan().sum()))
+    refuse_nan(int(saliency.isnan().sum()))
     sets, size = saliency.shape
     if sets == 1 and 0 < int(kept) < size:
         # one long set: selecting is linear, sorting is not
@@ -39,10 +40,10 @@ def reference(saliency: Tensor, kept: Tensor) -> Tensor:
 
 
 def _cpu(saliency: Tensor, kept: Tensor) -> Tensor:
-    _check(saliency, kept)
+    check(saliency, kept)
     saliency = saliency.contiguous()
     mask = torch.empty(saliency.shape, dtype=torch.bool)
-    _refuse_nan(
+    refuse_nan(
         compiled.cpu().keep_largest(
             *(saliency.data_ptr(), kept.data_ptr(), kept.stride(0), mask.data_ptr()),
             *(*saliency.shape, torch.get_num_threads()),
@@ -61,7 +62,8 @@ def _cpu_refuses(saliency: Tensor) -> str | None:
     return compiled.why_not("cpu")
 
 
-def _check(saliency: Tensor, kept: Tensor) -> None:
+def check(saliency: Tensor, kept: Tensor) -> None:
+    """Raises ValueError unless the counts fit the sets."""
     sets, size = saliency.shape
     if kept.shape != (sets,) or kept.dtype != torch.int64:
         raise ValueError(f"kept must be [{sets}] int64, got {list(kept.shape)} {kept.dtype}")
@@ -69,9 +71,34 @@ def _check(saliency: Tensor, kept: Tensor) -> None:
         raise ValueError(f"kept must lie in 0..{size}, got {int(kept.min())}..{int(kept.max())}")
 
 
-def _refuse_nan(missing: int) -> None:
+def refuse_nan(missing: int) -> None:
+    """Raises ValueError when there are any."""
     if missing:
         raise ValueError(f"saliency holds {missing} NaN values; check the weight and the statistics")
 
 
-KERNELS = (Kernel("cpu", _cpu, _cpu_refuses), Kernel("reference", reference, never_refuses))
+def _triton(saliency: Tensor, kept: Tensor) -> Tensor:
+    # here, because importing sparsekern must not need Triton
+    from sparsekern.ops.triton import keep_largest
+
+    return keep_largest.run(saliency, kept)
+
+
+def _triton_refuses(saliency: Tensor) -> str | None:
+    if saliency.device.type != "cuda":
+        return f"saliency must be on a CUDA device, got {saliency.device}"
+    if saliency.dtype != torch.float32:
+        return f"saliency must be float32, got {saliency.dtype}"
+    sets, size = saliency.shape
+    if sets != 1:
+        return f"one set at a time, got {sets}"
+    if size >= 1 << 31:
+        return f"a set must be smaller than 2^31, got {size}"
+    return triton.why_not()
+
+
+KERNELS = (
+    Kernel("triton", _triton, _triton_refuses),
+    Kernel("cpu", _cpu, _cpu_refuses),
+    Kernel("reference", reference, never_refuses),
+)
