@@ -1,5 +1,6 @@
 """sparsekern: prune a model, pack it, swap its Linear layers for sparse ones, and measure what became faster."""
 
+from sparsekern.finishing import Finish
 from sparsekern.linear import SparseLinear, densify, sparsify
 from sparsekern.measure import measure
 from sparsekern.methods import ADMM, GPTQ, OBD, OBS, LayerOBD, Magnitude, Refine, SparseGPT, Wanda
@@ -12,6 +13,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ADMM",
+    "Finish",
     "GPTQ",
     "NM",
     "OBD",

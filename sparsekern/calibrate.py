@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sparsekern import hf
 from sparsekern.batches import Batch, Padding, map_tensors, read_batches
 from sparsekern.experts import Expert, RoutedTokens, borrow
+from sparsekern.finishing import Call, first_tensor
 
 # what a block raises when replay feeds it something that its model never would
 REPLAY_FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
@@ -36,6 +37,8 @@ class Walk:
                CPU. Tokens where attention_mask is 0 do not count
     statistic  InputNorm, Gram or alike: called with (in_features, device), then add(x [tokens, in_features]);
                with experts to borrow for it has `tokens` and count(other, times)
+    finish     called with a block's name, the block and its calls, one a batch, when its layers have been changed; no
+               calls for a block that runs several times in one forward. It may change the block further
 
     Layers that read the same tensor (q, k, v) share one stats object. An expert of a 3-D parameter (hf.Expert) counts
     the tokens routed to it, and borrows when those are few (experts.borrow). A layer may be changed from when it is
@@ -52,7 +55,13 @@ class Walk:
     batch (the first is 0) before any weight of its block has changed.
     """
 
-    def __init__(self, model: nn.Module, batches: Iterable[Batch], statistic: Callable[[int, torch.device], Any]):
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        statistic: Callable[[int, torch.device], Any],
+        finish: Callable[[str, nn.Module, list[Call]], None] | None = None,
+    ):
         layers = hf.layers(model)
         if not layers:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in hf.skipped(model)[:3])
@@ -69,6 +78,9 @@ class Walk:
         self._model, self._statistic, self._device = model, statistic, hf.weight(layers[0][1]).device
         self._blocks = [_Block(name, module, layers) for name, module in hf.blocks(model)]
         self._batches = read_batches(batches)
+        self._finish = finish
+        if finish is not None and len(self._batches) < 2:
+            raise ValueError("finishing a block needs two calibration batches at least, because one is held out; got 1")
 
     def __iter__(self) -> Iterator[tuple[str, hf.Layer, Any]]:
         traces = self._plain_forward()
@@ -78,8 +90,10 @@ class Walk:
         self.never_called = [name for block in self._blocks if block.name not in called for name in block.layers]
         done: list[_Block] = []
         outputs: dict[tuple[str, int], Any] = {}
+        dense: dict[tuple[str, int], Any] = {}
         for trace in traces:
             block = trace.block
+            calls = self._calls(trace, done, outputs, dense) if self._finish is not None else []
             stats = self._collect(trace, done, outputs)
             self.borrowed |= borrow(block.experts, stats, self._statistic)
             self.never_called += [name for name in block.layers if name not in stats]
@@ -87,6 +101,10 @@ class Walk:
                 if name in stats:
                     # popped: the consumer's reference is the last
                     yield name, layer, stats.pop(name)
+            if self._finish is not None:
+                with hf.evaluating(self._model):
+                    self._finish(block.name, block.module, calls)
+                del calls
             if self.how == "replay" and trace is not traces[-1]:
                 with hf.evaluating(self._model):
                     for number in range(len(self._batches)):
@@ -174,23 +192,55 @@ class Walk:
                     raise _LayersPartedError
         return {name: stats[leader] for name, leader in leaders.items() if leader in stats}
 
+    def _calls(self, trace: "_Trace", done: "list[_Block]", outputs: dict, dense: dict) -> list[Call]:
+        """How a block is called on every batch that reaches it, aiming at what it puts out while it is dense.
+
+        outputs  of the blocks that are done
+        dense    what those put out in the dense model; the block's own are added. With prefix the blocks before are
+                 changed by now, and the target is what the dense block makes of their outputs
+        """
+        calls = []
+
+        def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            raise _StoppedError((args, kwargs))
+
+        with hf.evaluating(self._model):
+            for number in range(len(self._batches)) if trace.calls == 1 else ():
+                hook = trace.block.module.register_forward_pre_hook(stop, with_kwargs=True)
+                with ExitStack() as stack:
+                    stack.callback(hook.remove)
+                    called = self._run(number, done, outputs)
+                target = dense[trace.block.stack, number] = self._forward(number, trace, done, dense)
+                if called is not None:
+                    padding = Padding(self._batches[number])
+                    padding.enter(_by_name(trace.block.module, *called))
+                    calls.append(Call(*called, first_tensor(target), padding.removed))
+        return calls
+
     def _forward(self, number: int, trace: "_Trace", done: "list[_Block]", outputs: dict) -> Any:
         """Run batch `number` through the model up to and including a block; returns what the block put out."""
-        args, kwargs = self._batch(number)
 
         def stop(output: Any) -> None:
             # a block that runs several times has more to come
             if trace.calls == 1:
                 raise _StoppedError(output)
 
+        with _watched(trace.block, leave=stop):
+            return self._run(number, done, outputs)
+
+    def _run(self, number: int, done: "list[_Block]", outputs: dict) -> Any:
+        """Run batch `number` through the model, blocks that are done returning `outputs`, until a hook stops it.
+
+        Returns what the hook has to say, None when none stopped it.
+        """
+        args, kwargs = self._batch(number)
         with ExitStack() as stack:
             for block in done:
                 stack.enter_context(_returning(block.module, outputs[block.stack, number]))
-            stack.enter_context(_watched(trace.block, leave=stop))
             try:
                 self._model(*args, **kwargs)
             except _StoppedError as stopped:
-                return stopped.output
+                return stopped.said
         return None
 
     def _batch(self, number: int) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
@@ -205,9 +255,9 @@ class Walk:
 class _StoppedError(Exception):
     """The forward has come as far as it is wanted."""
 
-    def __init__(self, output: Any):
+    def __init__(self, said: Any):
         super().__init__()
-        self.output = output
+        self.said = said
 
 
 class _LayersPartedError(Exception):

@@ -20,6 +20,7 @@ from sparsekern import doctor as doctor_facts
 from sparsekern import hf, shapes, text
 from sparsekern.card import model_card
 from sparsekern.endtoend import compare_end_to_end
+from sparsekern.finishing import Finish
 from sparsekern.inspect import inspect as inspect_checkpoint
 from sparsekern.measure import Perplexity
 from sparsekern.measure import perplexity as measure_perplexity
@@ -75,6 +76,7 @@ def prune(
     seqlen: Seqlen = None,
     seed: Annotated[int, typer.Option(help="which windows are drawn")] = 0,
     refine: Annotated[int, typer.Option(help="least-squares steps on the weights that the method kept")] = 0,
+    finish: Annotated[int, typer.Option(help="passes that fit each block's output when its layers are pruned")] = 0,
     skip: Annotated[list[str] | None, typer.Option(help='layers to leave dense, with wildcards: "*.down_proj"')] = None,
     permute: Annotated[
         bool, typer.Option("--permute", help="first reorder channels so that N:M loses less; outputs stay the same")
@@ -111,7 +113,10 @@ def prune(
 
     perplexity = {"before": _perplexity(source, test, seqlen, "dense perplexity")} if heldout is not None else None
     permuted = permute_model(source, wanted, batches, seed=seed, progress=not as_json) if permute else None
-    report = prune_model(source, settings, wanted, batches, refine=refine, skip=skip or [], progress=not as_json)
+    fitting = Finish(finish) if finish else None
+    report = prune_model(
+        source, settings, wanted, batches, refine=refine, finish=fitting, skip=skip or [], progress=not as_json
+    )
     if perplexity is not None:
         perplexity["after"] = _perplexity(source, test, seqlen, "pruned perplexity")
 

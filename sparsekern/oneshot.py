@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from sparsekern import hf
 from sparsekern.calibrate import Walk
+from sparsekern.finishing import BlockReport, Call, Finish
 from sparsekern.gradients import squared_gradients
 from sparsekern.methods import Refine
 from sparsekern.pattern import Pattern, Unstructured, as_pattern
-from sparsekern.stats import GradSquare, Gram
+from sparsekern.stats import GradSquare, Gram, InputNorm
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,10 @@ class LayerReport:
 
 @dataclass
 class PruneReport:
-    """What pruning did to a model: `layers` in order, `skipped` ones with the reason, `calibration`: how it went."""
+    """What pruning did to a model: `layers` in order, `skipped` ones with the reason, `blocks` that were finished.
+
+    calibration  how it went: replay, or prefix and why
+    """
 
     method: str
     pattern: str
@@ -52,6 +56,7 @@ class PruneReport:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     calibration: str = "none"
     seconds: float = 0.0
+    blocks: list[BlockReport] = field(default_factory=list)
 
     @property
     def sparsity(self) -> float:
@@ -72,6 +77,7 @@ class PruneReport:
     def __str__(self) -> str:
         error = f", held-out error {self.held_out_error:.4f} a layer" if self.held_out_error is not None else ""
         borrowed = sum(layer.fallback is not None for layer in self.layers)
+        error += f", {sum(block.kept for block in self.blocks)} blocks finished" if self.blocks else ""
         error += f", {borrowed} experts fell back" if borrowed else ""
         return (
             f"{self.method} {self.pattern}: {len(self.layers)} layers, sparsity {self.sparsity:.2%}{error}, "
@@ -86,6 +92,7 @@ def prune(
     calibration: Iterable[Any] | None = None,
     *,
     refine: int = 0,
+    finish: Finish | None = None,
     skip: Iterable[str] = (),
     errors: bool = True,
     progress: bool = False,
@@ -98,6 +105,8 @@ def prune(
     calibration  batches of token ids [batch, tokens], or keyword batches for models that take something else; a method
                  that needs no statistics does without, and the report then holds no errors
     refine       at most this many conjugate gradient steps on what the method kept, 0 for none: Refine(method, steps)
+    finish       fit what each block puts out, masks fixed, when its layers are pruned: Finish(). The layers' errors are
+                 those from before it. Holds a block's input and output on all batches, and the dense model's output
     skip         names of layers to leave dense, with wildcards: "*.down_proj"
     errors       gather a Gram matrix of every input for the report; False gathers only what the method needs. A method
                  that needs gradients sees no inputs: its report holds no errors
@@ -118,7 +127,21 @@ def prune(
     across = _across_the_model(method, patterns)
     differentiates = method.needs is GradSquare
     statistic = None if differentiates else Gram if errors else method.needs
-    walk = None if calibration is None or statistic is None else Walk(model, calibration, statistic)
+    if finish is not None:
+        _check_finish(method, calibration, differentiates)
+        statistic = statistic or InputNorm
+
+    def finish_block(name: str, block: nn.Module, calls: list[Call]) -> None:
+        reached = {layer.name for layer in report.layers}
+        pruned = {key: layer for key, layer in layers if key in reached and key.startswith(f"{name}.")}
+        if pruned and len(calls) > 1:
+            report.blocks.append(finish.fit(name, block, pruned, calls))
+        elif pruned:
+            report.skipped.append((name, "not finished: it runs several times in one forward, or on one batch only"))
+
+    walk = None
+    if calibration is not None and statistic is not None:
+        walk = Walk(model, calibration, statistic, None if finish is None else finish_block)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, disable=not progress, console=Console(stderr=True)) as bar:
         task = bar.add_task("pruning", total=len(layers))
@@ -191,6 +214,13 @@ def _described(patterns: Mapping[str, Pattern]) -> str:
     if len(words) <= 2:
         return " and ".join(words)
     return f"{len(words)} patterns from {words[0]} to {words[-1]}"
+
+
+def _check_finish(method: Any, calibration: Any, differentiates: bool) -> None:
+    if calibration is None or differentiates:
+        raise ValueError(f"finish needs calibration batches and a method that walks them, got {type(method).__name__}")
+    if getattr(method, "bits", None) is not None:
+        raise ValueError(f"finish would move weights off the {method.bits}-bit grid; leave one of the two out")
 
 
 def _words(method: Any) -> str:
