@@ -1,5 +1,6 @@
 """sparsekern: prune a model, pack it, swap its Linear layers for sparse ones, and measure what became faster."""
 
+from sparsekern.allocation import allocate
 from sparsekern.finishing import Finish
 from sparsekern.linear import SparseLinear, densify, sparsify
 from sparsekern.measure import measure
@@ -27,6 +28,7 @@ __all__ = [
     "Unmeasured",
     "Unstructured",
     "Wanda",
+    "allocate",
     "as_pattern",
     "densify",
     "measure",

@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 from sparsekern import demo as demo_run
 from sparsekern import doctor as doctor_facts
 from sparsekern import hf, shapes, text
+from sparsekern.allocation import CANDIDATES, allocate
 from sparsekern.card import model_card
 from sparsekern.endtoend import compare_end_to_end
 from sparsekern.finishing import Finish
@@ -81,6 +82,9 @@ def prune(
     permute: Annotated[
         bool, typer.Option("--permute", help="first reorder channels so that N:M loses less; outputs stay the same")
     ] = False,
+    allocation: Annotated[
+        str, typer.Option(help=f"uniform, or unequal where that lowers a held-out loss: {' | '.join(CANDIDATES)}")
+    ] = "uniform",
     heldout: Annotated[str | None, typer.Option(help="text to measure perplexity on, before and after")] = None,
     dtype: Dtype = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and do nothing")] = False,
@@ -98,8 +102,13 @@ def prune(
         raise ValueError(f"method {method} needs --calibration: a text file or a dataset name")
     if permute and not isinstance(wanted, NM):
         raise ValueError(f"--permute helps N:M patterns only, got --pattern {pattern}")
-    if permute and calibration is None:
-        raise ValueError("--permute needs --calibration: a text file or a dataset name")
+    if allocation not in ("uniform", *CANDIDATES):
+        raise ValueError(f"allocation must be one of uniform, {', '.join(CANDIDATES)}, got {allocation!r}")
+    if allocation != "uniform" and isinstance(wanted, NM):
+        raise ValueError(f"--allocation {allocation} needs a sparsity, got --pattern {pattern}")
+    if (permute or allocation != "uniform") and calibration is None:
+        what = "--permute" if permute else f"--allocation {allocation}"
+        raise ValueError(f"{what} needs --calibration: a text file or a dataset name")
     source = _load(model, dtype)
     tokenizer, seqlen = hf.tokenizer(model), _window(source, seqlen)
     batches = None
@@ -113,6 +122,11 @@ def prune(
 
     perplexity = {"before": _perplexity(source, test, seqlen, "dense perplexity")} if heldout is not None else None
     permuted = permute_model(source, wanted, batches, seed=seed, progress=not as_json) if permute else None
+    allocated = None
+    if allocation != "uniform":
+        compared = {"candidates": CANDIDATES[allocation], "skip": skip or [], "progress": not as_json}
+        allocated = allocate(source, settings, wanted, batches, **compared)
+        wanted = allocated.patterns
     fitting = Finish(finish) if finish else None
     report = prune_model(
         source, settings, wanted, batches, refine=refine, finish=fitting, skip=skip or [], progress=not as_json
@@ -125,8 +139,8 @@ def prune(
     command = shlex.join(["sparsekern", *sys.argv[1:]])
     figures = None if perplexity is None else {name: value.to_json() for name, value in perplexity.items()}
     result = {"command": command, **facts, "calibration": described, "perplexity": figures, "report": report.to_json()}
-    if permuted is not None:
-        result["permuted"] = permuted.to_json()
+    first = {name: done for name, done in (("permuted", permuted), ("allocated", allocated)) if done is not None}
+    result |= {name: done.to_json() for name, done in first.items()}
     files = {
         "README.md": model_card(_name(model), command, report, described, perplexity, facts),
         "sparsekern.json": json.dumps(result, indent=1),
@@ -135,7 +149,7 @@ def prune(
     _print(
         result,
         as_json,
-        lambda _: [*([str(permuted)] if permuted else []), *_prune_tables(report, perplexity), f"wrote {output}"],
+        lambda _: [*map(str, first.values()), *_prune_tables(report, perplexity), f"wrote {output}"],
     )
 
 

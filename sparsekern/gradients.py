@@ -74,6 +74,16 @@ def squared_gradients(
             yield name, layer, stats.pop(name)
 
 
+def mean_loss(model: nn.Module, batches: Iterable[Batch]) -> float:
+    """The mean loss of a sequence, forward only; batches, model and errors are those of squared_gradients."""
+    takes_use_cache = "use_cache" in inspect.signature(model.forward).parameters
+    losses = []
+    with hf.evaluating(model):
+        for number, batch in enumerate(read_batches(batches)):
+            losses += [float(_loss(model, one, takes_use_cache, number)) for one in _sequences(number, batch)]
+    return sum(losses) / len(losses)
+
+
 def _check(name: str, layer: hf.Layer) -> None:
     if layer.weight.is_meta:
         raise ValueError(f"{name}: weight is on the meta device; load the model without device_map offloading")

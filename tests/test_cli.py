@@ -79,6 +79,18 @@ def test_prune_permutes_first_when_asked_and_reports_it(tmp_path):
     assert all(site["kept"] and site["permuted"] > site["retained"] for site in permuted["sites"])
 
 
+def test_prune_allocates_when_asked_and_reports_what_it_compared(tmp_path):
+    args = ("prune", MODEL, "--pattern", "0.6", "--allocation", "loss", "--calibration", CALIBRATION, *SMALL)
+    result = json.loads(run(*args, "-o", tmp_path / "out", "--json").stdout)
+    allocated = result["allocated"]
+    assert [row["candidate"].partition("(")[0] for row in allocated["proposals"]] == ["Uniform", "LossAware"]
+    chosen = next(row for row in allocated["proposals"] if row["candidate"] == allocated["chosen"])
+    assert chosen["loss"] == min(row["loss"] for row in allocated["proposals"])
+    assert result["report"]["sparsity"] == pytest.approx(0.6, abs=1e-6)
+    for layer in result["report"]["layers"]:
+        assert layer["sparsity"] == pytest.approx(chosen["sparsities"][layer["name"]], abs=1e-6)
+
+
 def test_inspect_finds_the_pattern_in_what_prune_wrote(pruned):
     rows = json.loads(run("inspect", pruned, "--json").stdout)
     found = {row["pattern"] for row in rows if "_proj" in row["name"]}
@@ -142,6 +154,15 @@ BAD = {
     "permute without calibration": (
         (*PRUNE, "--method", "magnitude", "--permute"),
         "--permute needs --calibration",
+    ),
+    "unknown allocation": (
+        (*CALIBRATED, "--allocation", "magic"),
+        "must be one of uniform, owl, loss, best, got 'magic'",
+    ),
+    "allocation of groups": ((*CALIBRATED, "--allocation", "loss"), "--allocation loss needs a sparsity"),
+    "allocation without calibration": (
+        (*PRUNE, "--method", "magnitude", "--pattern", "0.5", "--allocation", "owl"),
+        "--allocation owl needs --calibration",
     ),
     "unknown pattern": ((*CALIBRATED, "--pattern", "half"), "pattern must be N:M"),
     "sparsity out of range": ((*CALIBRATED, "--pattern", "1.5"), "must lie in 0..1, got 1.5"),

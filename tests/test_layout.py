@@ -36,13 +36,14 @@ ARROWS = {
     "channel_order": {"pattern"},
     "channel_sites": {"hf"},
     "permute": {"channel_order", "channel_sites", "calibrate", "hf", "pattern", "stats"},
+    "allocation": {"oneshot", "methods", "calibrate", "gradients", "batches", "hf", "pattern", "stats"},
     "lottery": {"pattern", "methods"},
     "plan": {"formats", "ops", "measure", "timing"},
     "linear": {"formats", "ops", "measure", "plan"},
     "checkpoint": {"formats", "linear", "hf"},
 }
 # the two halves meet in an ordinary nn.Linear whose weight holds zeros, and nowhere else
-PRUNE = {"batches", "calibrate", "experts", "gradients", "methods", "oneshot", "lottery", "permute"}
+PRUNE = {"batches", "calibrate", "experts", "gradients", "methods", "oneshot", "lottery", "permute", "allocation"}
 RUN = {"formats", "linear", "plan"}
 # commands and what they are made of: they may import everything, and of the rest only each other imports them
 DOORS = {"card", "cli", "demo", "doctor", "endtoend", "inspect", "preview", "speed"}
