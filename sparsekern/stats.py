@@ -144,20 +144,19 @@ class Gram:
             self._whole = True
 
     def _factor(self, damping: float, per_input: bool) -> "_Factor":
-        h = self.hessian
-        diagonal = h.diagonal()
-        mean = diagonal.mean()
-        # an input that was never active says nothing about its weights: keep H invertible
-        diagonal[self.dead] = mean if mean > 0 else 1.0
-        unit = diagonal.clone() if per_input else mean
         used, retries = damping, 0
         while True:
-            damped = h.clone()
-            damped.diagonal().add_(used * unit)
-            u, failed = inverse_cholesky(damped)
+            # made anew for each try: the factorisation uses it up, and a copy would be the largest thing in memory
+            h = self.hessian
+            diagonal = h.diagonal()
+            mean = diagonal.mean()
+            # an input that was never active says nothing about its weights: keep H invertible
+            diagonal[self.dead] = mean if mean > 0 else 1.0
+            diagonal += used * (diagonal.clone() if per_input else mean)
+            u, failed = inverse_cholesky(h)
             if not failed:
                 return _Factor(u, used, retries)
-            if bad := int((~h.isfinite()).sum()):
+            if bad := int((~self._sum.isfinite()).sum()):
                 raise ValueError(f"Hessian holds {bad} NaN or infinite values: the activations overflow its sums")
             used, retries = max(used * 10, 1e-4), retries + 1
             if used > 1:

@@ -1,8 +1,12 @@
 """Running statistics against the same computed at once in float64."""
 
+import gc
+
 import pytest
 import torch
 
+from sparsekern import stats
+from sparsekern.ops.inverse_cholesky import inverse_cholesky
 from sparsekern.stats import GradSquare, Gram, InputNorm
 
 
@@ -107,6 +111,23 @@ def test_dead_inputs_are_found_and_leave_the_hessian_invertible():
     gram.add(x)
     assert gram.dead.tolist() == [False] * 4 + [True, False]
     assert gram.inverse_cholesky(0.01)[0].isfinite().all()
+
+
+def test_a_hessian_is_the_only_copy_of_the_sums_that_factoring_makes(monkeypatch):
+    """Another would be the largest thing in memory while a wide layer is pruned."""
+    size, alive = 53, []
+    gram = Gram(size)
+    gram.add(tokens(200, size))
+
+    def factor(h):
+        gc.collect()
+        alive.extend(x.data_ptr() for x in gc.get_objects() if type(x) is torch.Tensor and x.shape == h.shape)
+        return inverse_cholesky(h)
+
+    monkeypatch.setattr(stats, "inverse_cholesky", factor)
+    gram.inverse_cholesky(0.01)
+    # the calibration tokens' sums, the held-out ones', H
+    assert len(set(alive)) == 3
 
 
 def test_damping_per_input_is_that_of_the_hessian_scaled_to_unit_diagonal():
