@@ -10,7 +10,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # what makes a script tiny; train_demo_model.py has a test of its own
-TINY = {"model.py": ["--tiny"], "linear_bitmap.py": ["--tiny"], "solver.py": ["--tiny", "--methods", "sparsegpt"]}
+TINY = {
+    "model.py": ["--tiny"],
+    "linear_bitmap.py": ["--tiny"],
+    "prune_model.py": ["--tiny"],
+    "solver.py": ["--tiny", "--methods", "sparsegpt"],
+}
 # ops.py is for pytest-benchmark, and run below
 ELSEWHERE = {"train_demo_model.py", "ops.py"}
 
