@@ -1,7 +1,8 @@
-// keep_largest: radix select. A float's bits, with the sign turned, order as an unsigned integer as the floats do. One
-// pass counts the upper 11 bits, a second collects those that share them with the threshold, which are few, and the
-// rest is decided among those; a last pass compares everything with the threshold. Long sets are cut into parts, short
-// ones are shared out whole, small ones ranked by comparing all with all.
+// keep_largest: radix select. A float's bits, with the sign turned, order as an unsigned integer as the floats do; digit
+// by digit the keys that share those of the threshold are kept. A long set is not read digit by digit: a sample brackets
+// the threshold, one pass counts what lies above the bracket and collects what lies in it, which is little, and only
+// where the sample misled is everything taken. A last pass compares all with the threshold. Long sets are cut into
+// parts, short ones are shared out whole, small ones ranked by comparing all with all.
 
 #include <cstdlib>
 #include <cstring>
@@ -11,25 +12,31 @@
 namespace sparsekern {
 namespace {
 
-// the upper two digits of a key have 11 bits, the last one 10
+// 11 bits a digit, the last one with a bit of the one before it
 constexpr int kDigits = 2048;
-constexpr int kTopShift = 21;
-constexpr int kMiddleShift = 10;
-// counters of one digit that are used in turn: close saliencies share their upper bits, and an addition to a counter
-// waits for the one before it
-constexpr int kTurns = 4;
+constexpr int kShifts[] = {21, 10, 0};
 // sets no larger are ranked by comparing all with all
 constexpr int64_t kSmallSet = 32;
+// sets no smaller are bracketed by a sample of one in kSampleEvery
+constexpr int64_t kLongSet = 1 << 14;
+constexpr int64_t kSampleEvery = 32;
+// half the bracket, in standard deviations of a rank in the sample: it misleads once in hundreds of sets
+constexpr double kDeviations = 3.0;
 // what a part of a set is worth cutting at
 constexpr int64_t kPartSize = 1 << 15;
 constexpr int kMostParts = 64;
+
+typedef float Floats __attribute__((vector_size(16)));
+typedef int32_t Ints __attribute__((vector_size(16)));
+typedef int64_t Longs __attribute__((vector_size(16)));
 
 uint32_t key_of(float x) {
   // + 0.0 makes -0.0 the 0.0 that it is equal to
   x += 0.0f;
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
-  return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
+  // all bits of a negative number, the sign alone of another
+  return bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
 }
 
 float float_of(uint32_t key) {
@@ -39,62 +46,67 @@ float float_of(uint32_t key) {
   return x;
 }
 
+// What lies in low..high is collected, what is larger is counted; all that is NaN as well.
+struct Bracket {
+  float low;
+  float high;
+};
+
 struct Part {
   int64_t first;
   int64_t end;
-  int64_t missing;     // NaN seen
-  int64_t candidates;  // keys collected at `first` of the scratch
-  uint32_t counts[kDigits];
+  int64_t missing;     // NaN
+  int64_t above;       // larger than the bracket
+  int64_t candidates;  // keys in the bracket, collected at `first` of the scratch
 };
 
-void count_top(const float* saliency, Part& part) {
-  uint32_t counts[kTurns][kDigits] = {};
-  int64_t missing = 0;
-  int64_t i = part.first;
-  for (; i + kTurns <= part.end; i += kTurns) {
-    for (int turn = 0; turn < kTurns; ++turn) {
-      const float x = saliency[i + turn];
-      missing += x != x;
-      ++counts[turn][key_of(x) >> kTopShift];
+void collect(const float* saliency, const Bracket& bracket, uint32_t* scratch, Part& part) {
+  uint32_t* keys = scratch + part.first;
+  int64_t candidates = 0, missing = 0;
+  // comparisons give -1
+  int64_t i = part.first, above = 0;
+  const Floats low = Floats{} + bracket.low, high = Floats{} + bracket.high;
+  while (i + 4 <= part.end) {
+    // counters of 32 bits are emptied in time
+    const int64_t stop = part.end - 3 < i + (int64_t{1} << 30) ? part.end - 3 : i + (int64_t{1} << 30);
+    Ints larger = {}, unordered = {};
+    for (; i < stop; i += 4) {
+      Floats x;
+      std::memcpy(&x, saliency + i, sizeof x);
+      larger += x > high;
+      unordered += x != x;
+      const Ints inside = (x >= low) & (x <= high);
+      const Longs any = reinterpret_cast<Longs>(inside);
+      if (any[0] | any[1]) {
+        int32_t here[4];
+        std::memcpy(here, &inside, sizeof here);
+        for (int lane = 0; lane < 4; ++lane) {
+          keys[candidates] = key_of(saliency[i + lane]);
+          candidates -= here[lane];
+        }
+      }
     }
+    for (int lane = 0; lane < 4; ++lane) above -= larger[lane], missing -= unordered[lane];
   }
   for (; i < part.end; ++i) {
-    missing += saliency[i] != saliency[i];
-    ++counts[0][key_of(saliency[i]) >> kTopShift];
+    const float x = saliency[i];
+    above += x > bracket.high;
+    missing += x != x;
+    if (x >= bracket.low && x <= bracket.high) keys[candidates++] = key_of(x);
   }
   part.missing = missing;
-  for (int digit = 0; digit < kDigits; ++digit) {
-    part.counts[digit] = counts[0][digit] + counts[1][digit] + counts[2][digit] + counts[3][digit];
-  }
+  part.above = above;
+  part.candidates = candidates;
 }
 
-void collect(const float* saliency, uint32_t top, uint32_t* scratch, Part& part) {
-  uint32_t* candidates = scratch + part.first;
-  int64_t count = 0;
-  for (int64_t i = part.first; i < part.end; ++i) {
-    const uint32_t key = key_of(saliency[i]);
-    candidates[count] = key;
-    count += key >> kTopShift == top;
-  }
-  part.candidates = count;
-}
-
-// The digit in which the kept-th largest lies; `kept` becomes its rank among those of that digit.
-uint32_t digit_of_kept(const uint32_t* counts, int64_t& kept) {
-  int digit = kDigits - 1;
-  while (digit > 0 && counts[digit] < kept) kept -= counts[digit--];
-  return static_cast<uint32_t>(digit);
-}
-
-// The kept-th largest of the keys; `kept` becomes how many of those equal to it are kept, `tied` how many there are.
+// The kept-th largest of the keys, which are moved about; `kept` becomes how many of those equal to it are kept, `tied`
+// how many there are.
 uint32_t select_key(uint32_t* keys, int64_t size, int64_t& kept, int64_t& tied) {
-  uint32_t digit = 0;
-  constexpr int kShifts[] = {kMiddleShift, 0};
   for (const int shift : kShifts) {
-    // the last digit is read with the bit before it, which all keys that are left share
     uint32_t counts[kDigits] = {};
     for (int64_t i = 0; i < size; ++i) ++counts[keys[i] >> shift & (kDigits - 1)];
-    digit = digit_of_kept(counts, kept);
+    uint32_t digit = kDigits - 1;
+    while (counts[digit] < kept) kept -= counts[digit--];
     int64_t count = 0;
     for (int64_t i = 0; i < size; ++i) {
       const uint32_t key = keys[i];
@@ -105,6 +117,36 @@ uint32_t select_key(uint32_t* keys, int64_t size, int64_t& kept, int64_t& tied) 
   }
   tied = size;
   return keys[0];
+}
+
+constexpr Bracket kEverything = {-__builtin_inff(), __builtin_inff()};
+
+// Where the threshold lies, from a sample that `scratch` holds twice.
+Bracket bracket_of(const float* saliency, int64_t size, int64_t kept, uint32_t* scratch) {
+  const int64_t count = size / kSampleEvery;
+  for (int64_t i = 0; i < count; ++i) {
+    // not the same place of every 32: columns of a block differ in their saliency
+    const int64_t place = static_cast<int64_t>(static_cast<uint32_t>(i) * 2654435761u >> 27);
+    const float x = saliency[i * kSampleEvery + place];
+    if (x != x) return kEverything;
+    scratch[i] = key_of(x);
+  }
+  const double share = static_cast<double>(kept) / static_cast<double>(size);
+  const double spread = kDeviations * __builtin_sqrt(static_cast<double>(count) * share * (1 - share)) + 2;
+  const auto rank = static_cast<int64_t>(static_cast<double>(count) * share);
+  const auto margin = static_cast<int64_t>(spread);
+  Bracket bracket = kEverything;
+  int64_t tied;
+  if (rank - margin >= 1) {
+    std::memcpy(scratch + count, scratch, static_cast<size_t>(count) * 4);
+    int64_t upper = rank - margin;
+    bracket.high = float_of(select_key(scratch + count, count, upper, tied));
+  }
+  if (rank + margin <= count) {
+    int64_t lower = rank + margin;
+    bracket.low = float_of(select_key(scratch, count, lower, tied));
+  }
+  return bracket;
 }
 
 void write_mask(const float* saliency, float threshold, bool with_tied, uint8_t* mask, int64_t first, int64_t end) {
@@ -124,25 +166,29 @@ int64_t keep_in_set(const float* saliency, int64_t kept, uint8_t* mask, int64_t 
     std::memset(mask, kept != 0, static_cast<size_t>(size));
     return missing;
   }
-#pragma omp parallel for num_threads(count) schedule(static, 1) if (count > 1)
   for (int part = 0; part < count; ++part) {
     parts[part].first = size * part / count;
     parts[part].end = size * (part + 1) / count;
-    count_top(saliency, parts[part]);
   }
-  for (int part = 1; part < count; ++part) {
-    parts[0].missing += parts[part].missing;
-    for (int digit = 0; digit < kDigits; ++digit) parts[0].counts[digit] += parts[part].counts[digit];
-  }
-  if (parts[0].missing) return parts[0].missing;
-  const uint32_t top = digit_of_kept(parts[0].counts, kept);
+  Bracket bracket = size < kLongSet ? kEverything : bracket_of(saliency, size, kept, scratch);
+  int64_t above, candidates;
+  for (;;) {
 #pragma omp parallel for num_threads(count) schedule(static, 1) if (count > 1)
-  for (int part = 0; part < count; ++part) collect(saliency, top, scratch, parts[part]);
-  int64_t candidates = parts[0].candidates;
-  for (int part = 1; part < count; ++part) {
-    std::memmove(scratch + candidates, scratch + parts[part].first, static_cast<size_t>(parts[part].candidates) * 4);
-    candidates += parts[part].candidates;
+    for (int part = 0; part < count; ++part) collect(saliency, bracket, scratch, parts[part]);
+    above = parts[0].above;
+    candidates = parts[0].candidates;
+    int64_t missing = parts[0].missing;
+    for (int part = 1; part < count; ++part) {
+      std::memmove(scratch + candidates, scratch + parts[part].first, static_cast<size_t>(parts[part].candidates) * 4);
+      above += parts[part].above;
+      candidates += parts[part].candidates;
+      missing += parts[part].missing;
+    }
+    if (missing != 0) return missing;
+    if (above < kept && kept <= above + candidates) break;
+    bracket = kEverything;
   }
+  kept -= above;
   int64_t tied;
   const float threshold = float_of(select_key(scratch, candidates, kept, tied));
 #pragma omp parallel for num_threads(count) schedule(static, 1) if (count > 1)

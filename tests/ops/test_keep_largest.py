@@ -51,6 +51,19 @@ def test_the_mask_is_that_of_a_stable_sort(kernel, kind, sets, size):
 
 
 @every_kernel
+@pytest.mark.parametrize("kept", [10, 2000, 30_000, 64_000])
+def test_a_sample_that_misleads_is_noticed(kernel, kept):
+    """The compiled kernel brackets the threshold of a long set by one place of every 32, each another one."""
+    saliency = torch.rand(1, 65_536, generator=torch.Generator().manual_seed(kept))
+    sampled = torch.arange(2048) * 32 + (torch.arange(2048) * 2654435761 % 2**32 >> 27)
+    for moved in (5.0, -5.0, torch.inf):
+        misleading = saliency.clone()
+        misleading[0, sampled] += moved
+        count = torch.tensor([kept])
+        assert torch.equal(kernel.run(misleading, count), by_sorting(misleading, count))
+
+
+@every_kernel
 def test_one_count_may_serve_all_sets(kernel):
     saliency = torch.randn(9, 40)
     kept = torch.tensor(13)
