@@ -17,6 +17,7 @@ static_assert(kTileRows <= kMostTileRows, "the scratch is made for kMostTileRows
 
 typedef float Floats __attribute__((vector_size(kLanes * 4)));
 typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
+typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
 // One column of the tile.
 struct Column {
@@ -89,22 +90,26 @@ void load(const Tile& tile) {
   for (int64_t first = 0; first < sweep.block; first += kLanes) {
     const int64_t columns = sweep.block - first < kLanes ? sweep.block - first : kLanes;
     for (int vector = 0; vector < kVectors; ++vector) {
-      Floats weight[kLanes] = {}, kept[kLanes] = {};
-      for (int64_t lane = 0; lane < kLanes && vector * kLanes + lane < tile.rows; ++lane) {
+      Floats weight[kLanes], kept[kLanes];
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        weight[lane] = kept[lane] = Floats{};
+        if (vector * kLanes + lane >= tile.rows) continue;
         const int64_t row = tile.first_row + vector * kLanes + lane;
         const float* source = sweep.weight + row * sweep.weight_stride + first;
         const uint8_t* mask = sweep.mask + row * sweep.mask_stride + first;
-        Ints allowed = {};
         if (columns == kLanes) {
+          Bytes allowed;
           __builtin_memcpy(&weight[lane], source, sizeof(Floats));
-          for (int column = 0; column < kLanes; ++column) allowed[column] = -static_cast<int32_t>(mask[column]);
+          __builtin_memcpy(&allowed, mask, sizeof(Bytes));
+          kept[lane] = reinterpret_cast<Floats>(-__builtin_convertvector(allowed, Ints));
         } else {
+          Ints allowed = {};
           for (int64_t column = 0; column < columns; ++column) {
             weight[lane][column] = source[column];
             allowed[column] = -static_cast<int32_t>(mask[column]);
           }
+          kept[lane] = reinterpret_cast<Floats>(allowed);
         }
-        kept[lane] = reinterpret_cast<Floats>(allowed);
       }
       transpose(weight);
       transpose(kept);
