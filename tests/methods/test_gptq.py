@@ -5,7 +5,7 @@ import torch
 
 import sparsekern as sk
 from sparsekern import grid, hf
-from sparsekern.methods import GPTQ, OBD, Magnitude, SparseGPT, Wanda
+from sparsekern.methods import ADMM, GPTQ, OBD, Magnitude, SparseGPT, Wanda
 from sparsekern.pattern import NM, Unstructured
 from sparsekern.stats import Gram
 from tests import tiny_models
@@ -55,7 +55,7 @@ def on_its_own_support(start, h, scale, largest):
 def test_the_weight_lies_on_a_grid_and_what_was_pruned_stays_zero(pattern, bits, group_size):
     weight, gram = problem()
     first = SparseGPT().prune(weight, gram, pattern)
-    quantised = GPTQ(bits, group_size).prune(weight, gram, pattern)
+    quantised = GPTQ(bits, group_size, SparseGPT()).prune(weight, gram, pattern)
     assert (quantised[first == 0] == 0).all()
     assert not torch.signbit(quantised[quantised == 0]).any()
     integers, scales = grid.recover(quantised, bits, group_size)
@@ -72,8 +72,9 @@ def test_it_loses_less_than_the_joint_sweep_and_than_gptq_with_exact_inverses(pa
     scale = grid.best_scale(start, u.diagonal() ** -2 * (start != 0), 7)
     exact = loss(weight, on_its_own_support(start, h, scale, 7), h).sum()
     joint = loss(weight, SparseGPT(bits=4).prune(weight, gram, pattern), h).sum()
-    mine = loss(weight, GPTQ(4).prune(weight, gram, pattern), h).sum()
+    mine = loss(weight, GPTQ(4, first=SparseGPT()).prune(weight, gram, pattern), h).sum()
     assert mine < 0.95 * min(exact, joint)
+    assert loss(weight, GPTQ(4).prune(weight, gram, pattern), h).sum() < mine
 
 
 def test_every_pass_lowers_what_every_row_loses():
@@ -111,7 +112,7 @@ def test_eight_bits_lose_next_to_nothing_and_finer_scales_less():
     assert error[8, None] < 1.01 * gram.error(weight, SparseGPT().prune(weight, gram, NM(2, 4)))
 
 
-@pytest.mark.parametrize("first", [Magnitude(), Wanda(), SparseGPT(block_size=32)], ids=repr)
+@pytest.mark.parametrize("first", [Magnitude(), Wanda(), SparseGPT(block_size=32), ADMM()], ids=repr)
 def test_any_method_that_prunes_by_inputs_can_come_first(first):
     weight, gram = problem()
     quantised = GPTQ(4, 32, first).prune(weight, gram, NM(2, 4))
@@ -131,7 +132,7 @@ def test_dead_inputs_and_rows_of_zeros_are_zero():
     gram = Gram(96)
     gram.add(x)
     weight[3] = 0
-    for first in (SparseGPT(), Magnitude()):
+    for first in (SparseGPT(), Magnitude(), ADMM()):
         quantised = GPTQ(4, 32, first).prune(weight, gram, Unstructured(0.5))
         assert (quantised[:, [5, 17]] == 0).all()
         assert (quantised[3] == 0).all()
