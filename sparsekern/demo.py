@@ -26,7 +26,8 @@ from sparsekern.speed import Speed, draw_speed, measure_speed
 
 MODEL = Path(__file__).parent / "demo_model"
 PATTERNS = (0.5, 0.6, "2:4")
-SWAPPED = ("sparsegpt", 0.5)
+SHOWN = ("magnitude", "wanda", "sparsegpt", "admm")
+SWAPPED = ("admm", 0.5)
 SEQLEN = 512
 PROMPT_TOKENS = 16
 CALIBRATION_WINDOWS = 64
@@ -91,7 +92,7 @@ class Demo:
         for pattern in dict.fromkeys(row.pattern for row in self.pruned[1:]):
             table.add_column(pattern, justify="right")
         table.add_row("dense", *[f"{worth.value:.2f}"] * (len(table.columns) - 1))
-        for method in METHODS:
+        for method in SHOWN:
             rows = [row for row in self.pruned if row.method == method]
             table.add_row(method, *(f"{row.perplexity.value:.2f}" for row in rows))
         yield table
@@ -125,13 +126,13 @@ def run(
     calibration = text.tokenize(tokenizer, text.read_text(MODEL / "calibration.txt"))
     batches = text.windows(calibration, SEQLEN, CALIBRATION_WINDOWS)
 
-    steps = len(METHODS) * len(PATTERNS) + 1
+    steps = len(SHOWN) * len(PATTERNS) + 1
     pruned = [Pruned(None, "dense", 0.0, perplexity(dense, heldout, SEQLEN), None)]
-    for name, method in METHODS.items():
+    for name in SHOWN:
         for pattern in PATTERNS:
             progress(f"prune: {name} {pattern}", len(pruned), steps)
             model = copy.deepcopy(dense)
-            report = prune(model, method(), pattern, batches)
+            report = prune(model, METHODS[name](), pattern, batches)
             worth = perplexity(model, heldout, SEQLEN)
             pruned.append(Pruned(name, report.pattern, report.sparsity, worth, report.held_out_error))
             if (name, pattern) == SWAPPED:
@@ -162,7 +163,7 @@ def plot(demo: Demo, path: Path) -> None:
 
 def _draw_perplexity(pruned: list[Pruned], axes) -> None:
     dense, *rest = pruned
-    for number, method in enumerate(METHODS):
+    for number, method in enumerate(SHOWN):
         colour = f"C{number}"
         rows = [row for row in rest if row.method == method]
         line = [dense, *(row for row in rows if ":" not in row.pattern)]
