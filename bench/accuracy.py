@@ -107,7 +107,7 @@ def prune_and_measure(name: str, spec: str, seed: int, windows: int, held_out_wi
     if "permutation" in extras:
         sk.permute(model, spec, batches, seed=seed)
     if "allocation" in extras:
-        pattern = sk.allocate(model, spec, batches, method=METHODS[base]).patterns
+        pattern = sk.allocate(model, METHODS[base], spec, batches).patterns
     finish = sk.Finish() if "finishing" in extras else None
     report = sk.prune(model, METHODS[base], pattern, batches, finish=finish)
     wanted = sk.as_pattern(spec).sparsity
