@@ -85,7 +85,7 @@ def _solve(r: Tensor, u: Tensor, y: Tensor) -> None:
     """Write the solution of R Y = B over `y`, which holds B; `u` is the inverse of R, of which the corners serve."""
     size = len(r)
     if size <= _CORNER:
-        y.copy_(matmul(u, y))
+        y.copy_(matmul(y.T, u.T).T if y.stride(0) == 1 else matmul(u, y))
         return
     half = _half(size)
     _solve(r[half:, half:], u[half:, half:], y[half:])
