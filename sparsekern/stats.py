@@ -202,8 +202,9 @@ def _split(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _relative_error(second_moment: Tensor, weight: Tensor, pruned: Tensor) -> float:
-    w, d = weight.float(), weight.float() - pruned.float()
-    squared = torch.sum((d @ second_moment) * d), torch.sum((w @ second_moment) * w)
+    w = weight.float()
+    # one product at a time, and in place: while a layer is pruned this would need more than the factorisation
+    squared = [(x @ second_moment).mul_(x).sum() for x in (w - pruned.float(), w)]
     # a layer whose output is zero has no relative error to speak of
     return float((squared[0].clamp(min=0) / squared[1]).sqrt()) if squared[1] > 0 else 0.0
 
