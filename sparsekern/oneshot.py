@@ -27,6 +27,7 @@ class LayerReport:
     error           ||X (W - W')^T|| / ||X W^T|| on the calibration tokens, None without statistics
     held_out_error  the same on tokens that the method did not see
     damping         what the factorisation of H took, None where none was needed
+    retries         how often that had to be raised, ten times each time, before H could be factored
     dead_inputs     inputs that were zero on every token
     fallback        what the statistics of an expert with too few tokens are made of; None: of its own tokens alone
     """
@@ -41,6 +42,7 @@ class LayerReport:
     dead_inputs: int | None
     seconds: float
     fallback: str | None = None
+    retries: int | None = None
 
 
 @dataclass
@@ -76,6 +78,8 @@ class PruneReport:
 
     def __str__(self) -> str:
         error = f", held-out error {self.held_out_error:.4f} a layer" if self.held_out_error is not None else ""
+        raised = sum(bool(layer.retries) for layer in self.layers)
+        error += f", {raised} layers needed more damping" if raised else ""
         borrowed = sum(layer.fallback is not None for layer in self.layers)
         error += f", {sum(block.kept for block in self.blocks)} blocks finished" if self.blocks else ""
         error += f", {borrowed} experts fell back" if borrowed else ""
@@ -308,5 +312,6 @@ def _errors(weight: Tensor, pruned: Tensor, stats: Any) -> dict[str, Any]:
         "error": stats.error(weight, pruned),
         "held_out_error": stats.held_out_error(weight, pruned),
         "damping": stats.damping,
+        "retries": stats.retries,
         "dead_inputs": int(stats.dead.sum()),
     }

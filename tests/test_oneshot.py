@@ -90,7 +90,17 @@ def test_the_report_holds_the_errors_of_the_layers_as_they_now_are(model, batche
 
 def test_the_report_shows_the_damping_that_was_used(model, batches):
     report = sk.prune(model, sk.SparseGPT(block_size=16, damping=0.02), "2:4", batches)
-    assert {row.damping for row in report.layers} == {0.02}
+    assert {(row.damping, row.retries) for row in report.layers} == {(0.02, 0)}
+
+
+def test_the_report_shows_a_damping_that_had_to_be_raised(model):
+    # one token, repeated: a second moment of rank one, that no float32 factorisation takes without damping
+    batches = [torch.full((1, 24), 7)]
+    report = sk.prune(model, sk.SparseGPT(block_size=16, damping=0.0), "2:4", batches)
+    raised = [row for row in report.layers if row.retries]
+    assert raised
+    assert all(row.damping >= 1e-4 for row in raised)
+    assert f"{len(raised)} layers needed more damping" in str(report)
     assert report.calibration == "replay"
     assert report.to_json()["layers"][0]["name"] == report.layers[0].name
 
