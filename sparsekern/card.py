@@ -1,12 +1,19 @@
 """The card of a pruned model: what was done to it, by which command, and the figures as they are."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from sparsekern.oneshot import PruneReport
 
 
 def model_card(
-    source: str, command: str, report: PruneReport, calibration: str, perplexity: dict[str, Any] | None, facts: dict
+    source: str,
+    command: str,
+    report: PruneReport,
+    calibration: str,
+    perplexity: dict[str, Any] | None,
+    facts: dict,
+    first: Iterable[Any] = (),
 ) -> str:
     """The README.md of a pruned checkpoint.
 
@@ -15,6 +22,7 @@ def model_card(
     calibration  which tokens, in words
     perplexity   {"before": Perplexity, "after": Perplexity} on held-out text, or None
     facts        name -> version or hash, listed as they are
+    first        reports of what was done before pruning, permuted or allocated; each is named by its last line
     """
     worst = sorted(report.layers, key=lambda layer: layer.held_out_error or 0, reverse=True)[:5]
     lines = [
@@ -31,7 +39,10 @@ def model_card(
         command,
         "```",
         "",
+        *(f"- first: {str(done).splitlines()[-1]}" for done in first),
         f"- method: `{report.method}`, pattern {report.pattern}",
+        *([f"- weights: {report.grid}"] if report.grid else []),
+        *([f"- finished: {_finished(report)}"] if report.finish else []),
         f"- calibration: {calibration}; inputs gathered by {report.calibration}",
         *(f"- {name}: {value}" for name, value in facts.items()),
         "",
@@ -58,6 +69,11 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _finished(report: PruneReport) -> str:
+    kept = sum(block.kept for block in report.blocks)
+    return f"`{report.finish}`, in place in {kept} of {len(report.blocks)} blocks, where it lowered the held-out error"
 
 
 def _perplexity(perplexity: dict[str, Any] | None) -> list[str]:

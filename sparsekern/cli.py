@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +26,7 @@ from sparsekern.finishing import Finish
 from sparsekern.inspect import inspect as inspect_checkpoint
 from sparsekern.measure import Perplexity
 from sparsekern.measure import perplexity as measure_perplexity
-from sparsekern.methods import METHODS
+from sparsekern.methods import GPTQ, METHODS, Refine, SparseGPT
 from sparsekern.oneshot import PruneReport
 from sparsekern.oneshot import prune as prune_model
 from sparsekern.pattern import NM, as_pattern
@@ -33,6 +34,7 @@ from sparsekern.permute import permute as permute_model
 from sparsekern.preview import preview
 from sparsekern.speed import measure_speed
 from sparsekern.speed import plot as plot_speed
+from sparsekern.stats import GradSquare
 
 BAD_INPUT = 2
 WIDTH = 120
@@ -73,11 +75,20 @@ def prune(
     calibration: Annotated[str | None, typer.Option(help="text file, or dataset name[:config[:split]]")] = None,
     method: Annotated[str, typer.Option(help=" | ".join(METHODS))] = "admm",
     pattern: Annotated[str, typer.Option(help='"2:4", any N:M, or a sparsity: 0.5, "60%"')] = "2:4",
+    scope: Annotated[
+        str | None,
+        typer.Option(help="where weights compete at a sparsity: row, block, layer or model; else the method's"),
+    ] = None,
     samples: Annotated[int, typer.Option(help="calibration windows")] = 128,
     seqlen: Seqlen = None,
     seed: Annotated[int, typer.Option(help="which windows are drawn")] = 0,
     refine: Annotated[int, typer.Option(help="least-squares steps on the weights that the method kept")] = 0,
     finish: Annotated[int, typer.Option(help="passes that fit each block's output when its layers are pruned")] = 0,
+    bits: Annotated[
+        int | None,
+        typer.Option(help="4 or 8: kept weights move to integers; sparsegpt's in its sweep, others' by GPTQ"),
+    ] = None,
+    group_size: Annotated[int | None, typer.Option(help="inputs that share a scale, with --bits; else a row's")] = None,
     skip: Annotated[list[str] | None, typer.Option(help='layers to leave dense, with wildcards: "*.down_proj"')] = None,
     permute: Annotated[
         bool, typer.Option("--permute", help="first reorder channels so that N:M loses less; outputs stay the same")
@@ -91,23 +102,29 @@ def prune(
     as_json: AsJson = False,
 ):
     """Prune MODEL and write a checkpoint that plain transformers loads; its pruned weights are zeros."""
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    settings, wanted = METHODS[method](), as_pattern(pattern)
+    settings, wanted = _method(method, refine, bits, group_size), as_pattern(pattern)
+    fitting = Finish(finish) if finish else None
     if output.exists() or output.is_symlink():
         raise FileExistsError(f"{str(output)!r} exists already; remove it or choose another directory")
     if (above := next(parent for parent in output.absolute().parents if parent.exists())).is_file():
         raise NotADirectoryError(f"{str(output)!r} cannot be made: {str(above)!r} is a file")
-    if calibration is None and settings.needs is not None:
-        raise ValueError(f"method {method} needs --calibration: a text file or a dataset name")
     if permute and not isinstance(wanted, NM):
         raise ValueError(f"--permute helps N:M patterns only, got --pattern {pattern}")
     if allocation not in ("uniform", *CANDIDATES):
         raise ValueError(f"allocation must be one of uniform, {', '.join(CANDIDATES)}, got {allocation!r}")
-    if allocation != "uniform" and isinstance(wanted, NM):
-        raise ValueError(f"--allocation {allocation} needs a sparsity, got --pattern {pattern}")
-    if (permute or allocation != "uniform") and calibration is None:
-        what = "--permute" if permute else f"--allocation {allocation}"
+    for flag, value in (("--allocation", allocation if allocation != "uniform" else None), ("--scope", scope)):
+        if value is not None and isinstance(wanted, NM):
+            raise ValueError(f"{flag} {value} needs a sparsity, got --pattern {pattern}")
+    if scope is not None:
+        wanted = replace(wanted, scope=scope)
+    if finish and bits is not None:
+        raise ValueError("--finish would move weights off the grid of --bits; leave one of the two out")
+    if finish and settings.needs is GradSquare:
+        raise ValueError(f"--finish needs a method that reads what each layer is given, and {method} reads gradients")
+    needing = {f"method {method}": METHODS[method].needs, "--refine": refine, "--bits": bits, "--finish": finish}
+    needing |= {"--permute": permute, f"--allocation {allocation}": allocation != "uniform"}
+    if calibration is None and any(needing.values()):
+        what = next(what for what, asked in needing.items() if asked)
         raise ValueError(f"{what} needs --calibration: a text file or a dataset name")
     source = _load(model, dtype)
     tokenizer, seqlen = hf.tokenizer(model), _window(source, seqlen)
@@ -115,8 +132,9 @@ def prune(
     if calibration is not None:
         batches = text.windows(_tokens(tokenizer, calibration), seqlen, samples, seed)
     test = _tokens(tokenizer, heldout) if heldout is not None else None
+    # refuses what prune() would, before anything takes its time
+    planned = preview(source, wanted, skip or [], settings)
     if dry_run:
-        planned = preview(source, wanted, skip or [])
         _print(planned.to_json(), as_json, lambda _: [str(planned), "nothing was written"])
         return
 
@@ -127,10 +145,7 @@ def prune(
         compared = {"candidates": CANDIDATES[allocation], "skip": skip or [], "progress": not as_json}
         allocated = allocate(source, settings, wanted, batches, **compared)
         wanted = allocated.patterns
-    fitting = Finish(finish) if finish else None
-    report = prune_model(
-        source, settings, wanted, batches, refine=refine, finish=fitting, skip=skip or [], progress=not as_json
-    )
+    report = prune_model(source, settings, wanted, batches, finish=fitting, skip=skip or [], progress=not as_json)
     if perplexity is not None:
         perplexity["after"] = _perplexity(source, test, seqlen, "pruned perplexity")
 
@@ -142,7 +157,7 @@ def prune(
     first = {name: done for name, done in (("permuted", permuted), ("allocated", allocated)) if done is not None}
     result |= {name: done.to_json() for name, done in first.items()}
     files = {
-        "README.md": model_card(_name(model), command, report, described, perplexity, facts),
+        "README.md": model_card(_name(model), command, report, described, perplexity, facts, first.values()),
         "sparsekern.json": json.dumps(result, indent=1),
     }
     hf.save(source, tokenizer, output, files)
@@ -275,6 +290,21 @@ def _print(result: Any, as_json: bool, tables: Callable[[Any], list[Any]]) -> No
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     for part in tables(result):
         console.print(part, highlight=False, markup=False)
+
+
+def _method(name: str, refine: int, bits: int | None, group_size: int | None) -> Any:
+    """A method by its name, with what refines and what quantises it; ValueError for what does not go together."""
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
+    if group_size is not None and bits is None:
+        raise ValueError(f"--group-size {group_size} goes with --bits")
+    if (refine or bits is not None) and METHODS[name].needs is GradSquare:
+        flag = "--refine" if refine else "--bits"
+        raise ValueError(f"{flag} needs a method that reads what each layer is given, and {name} reads gradients")
+    joint = bits is not None and name == "sparsegpt"
+    method = SparseGPT(bits=bits, group_size=group_size) if joint else METHODS[name]()
+    method = Refine(method, refine) if refine else method
+    return method if bits is None or joint else GPTQ(bits, group_size, first=method)
 
 
 def _prune_tables(report: PruneReport, perplexity: dict[str, Perplexity] | None) -> list[Any]:

@@ -50,6 +50,8 @@ class PruneReport:
     """What pruning did to a model: `layers` in order, `skipped` ones with the reason, `blocks` that were finished.
 
     calibration  how it went: replay, or prefix and why
+    finish       what the blocks were finished by, None for nothing
+    grid         the integers that kept weights were moved to, and how they are stored; None for none
     """
 
     method: str
@@ -59,6 +61,8 @@ class PruneReport:
     calibration: str = "none"
     seconds: float = 0.0
     blocks: list[BlockReport] = field(default_factory=list)
+    finish: str | None = None
+    grid: str | None = None
 
     @property
     def sparsity(self) -> float:
@@ -81,6 +85,7 @@ class PruneReport:
         raised = sum(bool(layer.retries) for layer in self.layers)
         error += f", {raised} layers needed more damping" if raised else ""
         borrowed = sum(layer.fallback is not None for layer in self.layers)
+        error += f", {self.grid}" if self.grid else ""
         error += f", {sum(block.kept for block in self.blocks)} blocks finished" if self.blocks else ""
         error += f", {borrowed} experts fell back" if borrowed else ""
         return (
@@ -127,12 +132,13 @@ def prune(
     layers, skipped = select(model, pattern, skip, method)
     names = {name for name, _ in layers}
     patterns = {name: as_pattern(pattern[name] if isinstance(pattern, Mapping) else pattern) for name in names}
-    report = PruneReport(_words(method), _described(patterns), skipped=skipped)
+    report = PruneReport(_words(method), _described(patterns), skipped=skipped, grid=_grid(method, layers))
     across = _across_the_model(method, patterns)
     differentiates = method.needs is GradSquare
     statistic = None if differentiates else Gram if errors else method.needs
     if finish is not None:
         _check_finish(method, calibration, differentiates)
+        report.finish = repr(finish)
         statistic = statistic or InputNorm
 
     def finish_block(name: str, block: nn.Module, calls: list[Call]) -> None:
@@ -214,10 +220,20 @@ def select(
 
 def _described(patterns: Mapping[str, Pattern]) -> str:
     """One pattern by its own words, several unstructured ones by the range of their sparsities."""
-    words = sorted({str(pattern) for pattern in patterns.values()})
+    by_sparsity = sorted(set(patterns.values()), key=lambda pattern: pattern.sparsity)
+    words = list(dict.fromkeys(map(str, by_sparsity)))
     if len(words) <= 2:
         return " and ".join(words)
     return f"{len(words)} patterns from {words[0]} to {words[-1]}"
+
+
+def _grid(method: Any, layers: list[tuple[str, hf.Layer]]) -> str | None:
+    """What a method that quantises leaves in a weight: no format holds the integers, and the model's dtype rounds."""
+    if getattr(method, "bits", None) is None:
+        return None
+    shared = f"every {method.group_size} inputs" if method.group_size else "a row"
+    dtypes = " and ".join(sorted({str(hf.weight(layer).dtype).removeprefix("torch.") for _, layer in layers}))
+    return f"{method.bits} bits with a scale for {shared}, stored dequantised in {dtypes}"
 
 
 def _check_finish(method: Any, calibration: Any, differentiates: bool) -> None:

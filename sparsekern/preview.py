@@ -10,6 +10,7 @@ from sparsekern import hf
 from sparsekern.measure import weight_bytes
 from sparsekern.oneshot import select
 from sparsekern.pattern import Pattern
+from sparsekern.stats import GradSquare
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Preview:
 
     layers            name, shape and number of weights that would become zero
     skipped           name and reason
-    statistics_bytes  the most that the statistics of one decoder block can take, if all its inputs are distinct
+    statistics_bytes  the most that the statistics of one decoder block can take, if all its inputs are distinct; of a
+                      method that reads gradients, one number for every weight to be pruned
     output_bytes      of the checkpoint: zeros are stored
     packed_bytes      of the model with its pruned layers packed as bitmaps
     decode_ceiling    how much faster the pruned layers could read their weights at 1 token, by bytes; not measured
@@ -49,9 +51,9 @@ class Preview:
         )
 
 
-def preview(model: nn.Module, pattern: Pattern, skip: Iterable[str] = ()) -> Preview:
-    """Raises ValueError where prune() would."""
-    layers, skipped = select(model, pattern, skip)
+def preview(model: nn.Module, pattern: Pattern, skip: Iterable[str] = (), method: Any = None) -> Preview:
+    """What prune() would do by `method`; None: by any that reads inputs. Raises ValueError where prune() would."""
+    layers, skipped = select(model, pattern, skip, method)
     weights = {name: hf.weight(layer) for name, layer in layers}
     # transformers' Conv1D is pruned, and no SparseLinear takes its place
     packable = [hf.weight(layer) for _, layer in layers if type(layer) is nn.Linear]
@@ -64,6 +66,8 @@ def preview(model: nn.Module, pattern: Pattern, skip: Iterable[str] = ()) -> Pre
         sum(2 * 4 * weight.shape[1] ** 2 for name, weight in every.items() if name.startswith(f"{block}."))
         for block, _ in hf.blocks(model)
     )
+    if method is not None and method.needs is GradSquare:
+        statistics = sum(4 * weight.numel() for weight in weights.values())
     size = weight_bytes(model)
     return Preview(
         layers=[(n, tuple(w.shape), round(pattern.sparsity * w.numel())) for n, w in weights.items()],

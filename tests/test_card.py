@@ -1,6 +1,9 @@
 """The card of a pruned model holds the command, the figures as they are, and what was left dense."""
 
+from dataclasses import replace
+
 from sparsekern.card import model_card
+from sparsekern.finishing import BlockReport
 from sparsekern.measure import Perplexity
 from sparsekern.oneshot import LayerReport, PruneReport
 
@@ -35,6 +38,17 @@ def test_perplexity_is_given_with_its_protocol_or_said_to_be_missing():
     assert "Dense 8.000, pruned 9.500: 3 windows of 64 tokens, bfloat16" in card({"before": before, "after": after})
     assert before.protocol in card({"before": before, "after": after})
     assert "Not measured: no held-out text was given." in card()
+
+
+def test_what_was_done_before_and_after_is_on_it():
+    blocks = [BlockReport("layers.0", 0.2, 0.1, True), BlockReport("layers.1", 0.2, 0.3, False)]
+    report = replace(REPORT, finish="Finish(epochs=2)", blocks=blocks, grid="4 bits")
+    lines = model_card("tiny", "sparsekern", report, "none", None, {}, ["two\nlines"]).splitlines()
+    assert [line for line in lines if line.startswith(("- first", "- weights", "- finished"))] == [
+        "- first: lines",
+        "- weights: 4 bits",
+        "- finished: `Finish(epochs=2)`, in place in 1 of 2 blocks, where it lowered the held-out error",
+    ]
 
 
 def test_what_stays_dense_is_named_with_the_reason():

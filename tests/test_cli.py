@@ -7,12 +7,14 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from sparsekern import grid
 from sparsekern.cli import app
 from sparsekern.demo import MODEL
 from sparsekern.methods import METHODS
 
 CALIBRATION, HELDOUT = str(MODEL / "calibration.txt"), str(MODEL / "heldout.txt")
 SMALL = ("--samples", "4", "--seqlen", "64")
+ONE_BLOCK = ("--skip", "model.layers.[123].*")
 
 
 def run(*args, code=0):
@@ -61,18 +63,8 @@ def test_prune_leaves_its_report_and_a_card_with_the_command_and_the_figures(pru
 
 
 def test_prune_permutes_first_when_asked_and_reports_it(tmp_path):
-    args = (
-        "prune",
-        MODEL,
-        "--pattern",
-        "2:4",
-        "--permute",
-        "--calibration",
-        CALIBRATION,
-        *SMALL,
-        "-o",
-        tmp_path / "out",
-    )
+    args = ("prune", MODEL, "--method", "wanda", "--pattern", "2:4", "--permute", "--calibration", CALIBRATION, *SMALL)
+    args = (*args, "-o", tmp_path / "out")
     permuted = json.loads(run(*args, "--json").stdout)["permuted"]
     assert permuted == json.loads((tmp_path / "out" / "sparsekern.json").read_text())["permuted"]
     assert len(permuted["sites"]) == 8
@@ -80,7 +72,8 @@ def test_prune_permutes_first_when_asked_and_reports_it(tmp_path):
 
 
 def test_prune_allocates_when_asked_and_reports_what_it_compared(tmp_path):
-    args = ("prune", MODEL, "--pattern", "0.6", "--allocation", "loss", "--calibration", CALIBRATION, *SMALL)
+    args = ("prune", MODEL, "--method", "wanda", "--pattern", "0.6", "--allocation", "loss", *SMALL)
+    args = (*args, "--calibration", CALIBRATION, *ONE_BLOCK)
     result = json.loads(run(*args, "-o", tmp_path / "out", "--json").stdout)
     allocated = result["allocated"]
     assert [row["candidate"].partition("(")[0] for row in allocated["proposals"]] == ["Uniform", "LossAware"]
@@ -89,6 +82,37 @@ def test_prune_allocates_when_asked_and_reports_what_it_compared(tmp_path):
     assert result["report"]["sparsity"] == pytest.approx(0.6, abs=1e-6)
     for layer in result["report"]["layers"]:
         assert layer["sparsity"] == pytest.approx(chosen["sparsities"][layer["name"]], abs=1e-6)
+
+
+def test_prune_refines_finishes_and_quantises_when_asked_and_the_card_names_it(tmp_path):
+    common = ("--calibration", CALIBRATION, *SMALL, *ONE_BLOCK, "--json")
+    args = ("prune", MODEL, "--method", "wanda", "--pattern", "0.5", "--scope", "layer", *common)
+    finished = json.loads(run(*args, "--refine", "3", "--finish", "1", "-o", tmp_path / "fitted").stdout)["report"]
+    assert finished["method"] == "Refine(method=Wanda, steps=3)"
+    assert finished["finish"] == "Finish(epochs=1, learning_rate=0.01)"
+    assert [block["name"] for block in finished["blocks"]] == ["model.layers.0"]
+    # Wanda itself would take half of every row
+    rows = AutoModelForCausalLM.from_pretrained(tmp_path / "fitted").model.layers[0].mlp.up_proj.weight == 0
+    assert rows.float().mean() == 0.5
+    assert rows.sum(dim=1).unique().numel() > 1
+    card = (tmp_path / "fitted" / "README.md").read_text()
+    assert "- method: `Refine(method=Wanda, steps=3)`, pattern 50%" in card
+    assert "- finished: `Finish(epochs=1, learning_rate=0.01)`" in card
+    gridded = json.loads(run(*args, "--refine", "3", "--bits", "8", "-o", tmp_path / "gridded").stdout)["report"]
+    assert gridded["method"] == "GPTQ(bits=8, first=Refine(method=Wanda, steps=3))"
+    assert gridded["grid"] == "8 bits with a scale for a row, stored dequantised in bfloat16"
+    assert f"- weights: {gridded['grid']}" in (tmp_path / "gridded" / "README.md").read_text()
+
+
+def test_with_bits_sparsegpt_rounds_in_its_one_sweep(tmp_path):
+    args = ("prune", MODEL, "--method", "sparsegpt", "--bits", "4", "--group-size", "128", "--dtype", "float32")
+    args = (*args, "--calibration", CALIBRATION, *SMALL, *ONE_BLOCK, "-o", tmp_path / "out", "--json")
+    report = json.loads(run(*args).stdout)["report"]
+    assert report["method"] == "SparseGPT(bits=4, group_size=128)"
+    assert report["grid"] == "4 bits with a scale for every 128 inputs, stored dequantised in float32"
+    weight = AutoModelForCausalLM.from_pretrained(tmp_path / "out").model.layers[0].mlp.up_proj.weight.detach()
+    integers, _ = grid.recover(weight, 4, 128)
+    assert integers.unique().tolist() == list(range(-7, 8))
 
 
 def test_inspect_finds_the_pattern_in_what_prune_wrote(pruned):
@@ -164,6 +188,23 @@ BAD = {
         (*PRUNE, "--method", "magnitude", "--pattern", "0.5", "--allocation", "owl"),
         "--allocation owl needs --calibration",
     ),
+    "finish without calibration": ((*PRUNE, "--method", "magnitude", "--finish", "1"), "--finish needs --calibration"),
+    "refine without calibration": ((*PRUNE, "--method", "magnitude", "--refine", "9"), "--refine needs --calibration"),
+    "refined gradients": ((*CALIBRATED, "--method", "obd", "--refine", "9"), "and obd reads gradients"),
+    "finished gradients": ((*CALIBRATED, "--method", "obd", "--finish", "1"), "and obd reads gradients"),
+    "quantised gradients": ((*CALIBRATED, "--method", "obd", "--bits", "8"), "and obd reads gradients"),
+    "finish off the grid": ((*CALIBRATED, "--bits", "8", "--finish", "1"), "off the grid of --bits"),
+    "refine off the grid": (
+        (*CALIBRATED, "--method", "sparsegpt", "--bits", "8", "--refine", "9"),
+        "would move weights off the 8-bit grid",
+    ),
+    "no such grid": ((*CALIBRATED, "--bits", "3"), "bits must be 4, 8 or None, got 3"),
+    "groups without bits": ((*CALIBRATED, "--group-size", "64"), "--group-size 64 goes with --bits"),
+    "negative refine": ((*CALIBRATED, "--refine", "-1"), "steps must be at least 1, got -1"),
+    "negative finish": ((*CALIBRATED, "--finish", "-1"), "epochs must be at least 1, got -1"),
+    "scope of groups": ((*CALIBRATED, "--scope", "row"), "--scope row needs a sparsity, got --pattern 2:4"),
+    "unknown scope": ((*CALIBRATED, "--pattern", "0.5", "--scope", "head"), "scope must be"),
+    "all layers at once": ((*CALIBRATED, "--pattern", "0.5", "--scope", "model"), "Magnitude and OBD can"),
     "unknown pattern": ((*CALIBRATED, "--pattern", "half"), "pattern must be N:M"),
     "sparsity out of range": ((*CALIBRATED, "--pattern", "1.5"), "must lie in 0..1, got 1.5"),
     "odd group": ((*CALIBRATED, "--pattern", "2:7"), "multiple of 7, got 256"),

@@ -156,6 +156,13 @@ def test_a_layer_that_m_does_not_divide_is_named_before_anything_changes(model, 
     refused(model, match, sk.Wanda(), "5:7", batches)
 
 
+@pytest.mark.parametrize(
+    "method", [sk.SparseGPT(48), sk.Refine(sk.SparseGPT(48)), sk.GPTQ(first=sk.SparseGPT(48))], ids=str
+)
+def test_a_group_that_no_block_of_the_method_holds_is_refused_before_anything_changes(model, batches, method):
+    refused(model, r"q_proj: block_size 48 is not a multiple of the group of pattern 4:32", method, "4:32", batches)
+
+
 def test_a_nan_weight_is_named_before_anything_changes(model, batches):
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
     refused(model, r"model\.layers\.1\.mlp\.up_proj: weight holds 1 NaN", sk.Wanda(), 0.5, batches)

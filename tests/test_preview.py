@@ -47,6 +47,18 @@ def test_statistics_are_those_of_one_block(model):
     assert preview(model, sk.as_pattern(0.5)).statistics_bytes == 2 * 4 * (6 * 32**2 + 64**2)
 
 
+def test_gradients_take_one_number_a_weight(model):
+    planned = preview(model, sk.as_pattern(0.5), ["*.down_proj"], sk.OBD())
+    assert planned.statistics_bytes == 4 * 2 * (4 * 32 * 32 + 2 * 32 * 64)
+
+
+def test_a_layer_too_wide_for_the_method_is_named(model):
+    model.model.layers[1].mlp.down_proj = torch.nn.Linear(1025, 32)
+    with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj: OBS .* got 1025; SparseGPT\(\) approximates it"):
+        preview(model, sk.as_pattern(0.5), method=sk.OBS())
+    assert len(preview(model, sk.as_pattern(0.5), ["*.1.mlp.down_proj"], sk.OBS()).layers) == 13
+
+
 def test_it_refuses_what_prune_refuses(model):
     with pytest.raises(ValueError, match=r"q_proj: pattern 5:7 needs in_features to be a multiple of 7"):
         preview(model, sk.as_pattern("5:7"))

@@ -70,6 +70,11 @@ class GPTQ:
                 f"needs {self.first.needs.__name__}"
             )
 
+    def check(self, in_features: int, pattern: Pattern) -> None:
+        """Raises ValueError where `first` does."""
+        if hasattr(self.first, "check"):
+            self.first.check(in_features, pattern)
+
     def prune(self, weight: Tensor, stats: Gram, pattern: Pattern) -> Tensor:
         """The pruned and quantised weight [out_features, in_features] float32.
 

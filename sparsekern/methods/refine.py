@@ -20,7 +20,7 @@ class Refine:
     steps    conjugate gradient steps, at most
     damping  added to the unit diagonal of the scaled H; None chooses it on the held-out tokens
 
-    Raises ValueError for a method that leaves nothing to fit on a Gram matrix.
+    Raises ValueError for a method that leaves nothing to fit on a Gram matrix, and for one that quantises.
     """
 
     method: Any
@@ -32,10 +32,20 @@ class Refine:
     def __post_init__(self):
         if self.method.needs not in (None, InputNorm, Gram):
             raise ValueError(f"{type(self.method).__name__} needs {self.method.needs.__name__}: it cannot be refined")
+        if (bits := getattr(self.method, "bits", None)) is not None:
+            raise ValueError(
+                f"refining would move weights off the {bits}-bit grid; refine what GPTQ prunes by first:"
+                f" GPTQ(first=Refine(...))"
+            )
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
         if self.damping is not None and not self.damping >= 0:
             raise ValueError(f"damping must not be negative, got {self.damping}")
+
+    def check(self, in_features: int, pattern: Pattern) -> None:
+        """Raises ValueError where `method` does."""
+        if hasattr(self.method, "check"):
+            self.method.check(in_features, pattern)
 
     def prune(self, weight: Tensor, stats: Gram, pattern: Pattern) -> Tensor:
         """The pruned and refined weight [out_features, in_features] float32, zeros where `method` put them."""

@@ -57,6 +57,14 @@ class SparseGPT:
             raise ValueError(f"damping must not be negative, got {self.damping}")
         grid.check(self.bits, self.group_size, self.block_size)
 
+    def check(self, in_features: int, pattern: Pattern) -> None:
+        """Raises ValueError when N:M's M does not divide block_size, or a scope is not one that `original` knows."""
+        if isinstance(pattern, NM):
+            if self.block_size % pattern.m:
+                raise ValueError(f"block_size {self.block_size} is not a multiple of the group of pattern {pattern}")
+        elif self.original and pattern.scope not in ("block", None):
+            raise ValueError(f'original ranks the weights of a block: scope must be "block", got "{pattern.scope}"')
+
     def prune(self, weight: Tensor, stats: Gram, pattern: Pattern) -> Tensor:
         """The pruned and repaired weight [out_features, in_features] float32.
 
@@ -67,14 +75,11 @@ class SparseGPT:
         cannot be factored.
         """
         nm = (pattern.n, pattern.m) if isinstance(pattern, NM) else None
-        if nm and self.block_size % pattern.m:
-            raise ValueError(f"block_size {self.block_size} is not a multiple of the group of pattern {pattern}")
+        self.check(weight.shape[1], pattern)
         pattern.check(weight.shape[1])
         if not weight.isfinite().all():
             raise ValueError(f"weight holds {int((~weight.isfinite()).sum())} NaN or infinite values")
         pattern = pattern.with_scope("block")
-        if self.original and not nm and pattern.scope != "block":
-            raise ValueError(f'original ranks the weights of a block: scope must be "block", got "{pattern.scope}"')
         u = self._factor(stats)
         # what multiplies an input that was never active does nothing
         w = weight.float().where(~stats.dead, 0.0)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsekern import OBD, Magnitude, Refine, SparseGPT, Wanda
+from sparsekern import GPTQ, OBD, Magnitude, Refine, SparseGPT, Wanda
 from sparsekern.pattern import NM, Unstructured
 from tests.methods.test_sparsegpt import problem
 
@@ -35,6 +35,12 @@ def test_refining_twice_changes_nothing():
     weight, gram = problem()
     once = Refine(SparseGPT(16)).prune(weight, gram, NM(2, 4))
     assert torch.equal(Refine(SparseGPT(16)).prune(once, gram, NM(2, 4)), once)
+
+
+def test_a_method_that_quantises_is_refused():
+    for method in (SparseGPT(bits=8), GPTQ(8)):
+        with pytest.raises(ValueError, match=r"off the 8-bit grid; .* GPTQ\(first=Refine\(...\)\)"):
+            Refine(method)
 
 
 def test_a_method_that_reads_gradients_is_refused():
