@@ -72,6 +72,12 @@ def imports(path):
             yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
 
 
+def test_contributing_says_where_every_module_is():
+    table = (ROOT / "CONTRIBUTING.md").read_text().partition("## Where things are")[2].partition("\n## ")[0]
+    modules = {path.stem for path in [*PACKAGE.glob("*.py"), *METHODS, *OPS]} - {"__init__", "__main__", "compiled"}
+    assert {module for module in modules if f"`{module}`" not in table} == set()
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=name)
 def test_imports_follow_the_arrows(path):
     own = part(path)

@@ -61,7 +61,10 @@ class SparseGPT:
         """Raises ValueError when N:M's M does not divide block_size, or a scope is not one that `original` knows."""
         if isinstance(pattern, NM):
             if self.block_size % pattern.m:
-                raise ValueError(f"block_size {self.block_size} is not a multiple of the group of pattern {pattern}")
+                raise ValueError(
+                    f"block_size {self.block_size} is not a multiple of the group of pattern {pattern};"
+                    f" take SparseGPT(block_size={pattern.m * max(self.block_size // pattern.m, 1)})"
+                )
         elif self.original and pattern.scope not in ("block", None):
             raise ValueError(f'original ranks the weights of a block: scope must be "block", got "{pattern.scope}"')
 
