@@ -18,6 +18,8 @@ from sparsekern.gradients import mean_loss
 from sparsekern.stats import InputNorm
 from tests import tiny_models
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture
 def model():

@@ -17,13 +17,7 @@ from tests.plain_statistics import EveryToken, assert_same_gram, halve, plain_st
 PREFIX = {"gemma3n": "does not get its inputs when replayed", "albert": "runs 3 times in one forward"}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These models are too small for two threads, which would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -14,14 +14,7 @@ from sparsekern.stats import Gram, InputNorm
 from tests import tiny_models
 from tests.plain_statistics import EveryToken, assert_same_gram, halve, plain_statistics
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These models are too small for two threads, which would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def halve_all(walk):

@@ -14,6 +14,8 @@ from sparsekern.stats import Gram, InputNorm
 from tests import tiny_models
 from tests.plain_statistics import EveryToken, plain_statistics
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 IN_3D = ["mixtral", "qwen3_moe", "deepseek_v3", "olmoe", "granite_moe", "jetmoe", "gpt_oss", "llama4"]
 
 

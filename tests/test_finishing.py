@@ -11,6 +11,8 @@ from sparsekern import hf
 from sparsekern.finishing import Call, Finish
 from tests import tiny_models
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class Block(nn.Module):
     def __init__(self):

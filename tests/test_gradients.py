@@ -13,6 +13,8 @@ from sparsekern.gradients import squared_gradients
 from sparsekern.stats import GradSquare
 from tests import tiny_models
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class Block(nn.Module):
     def __init__(self, out_features):

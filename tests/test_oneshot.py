@@ -15,6 +15,8 @@ from tests import tiny_models
 
 VOCAB = 61
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture
 def model():

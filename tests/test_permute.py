@@ -32,13 +32,7 @@ SITES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These models are too small for two threads, which would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def outputs(name, model):
