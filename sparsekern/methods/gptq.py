@@ -23,6 +23,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from sparsekern import grid
@@ -172,8 +173,11 @@ class _Layer:
 
     def _best_integers(self, w: Tensor, gradient: Tensor, block: slice, scale: Tensor) -> Tensor:
         """The columns of a block on the grid, each at its best while the others are held, from left to right."""
-        # a column to a row: what is read and written together lies together
-        w, gradient, kept = (x.T.contiguous() for x in (w, gradient, self.mask[:, block]))
+        # a column to a row: what is read and written together lies together; .contiguous() would not copy a single row,
+        # or a weight that lies in columns, and the caller's w still has to hold what it was
+        w, gradient, kept = (
+            x.T.clone(memory_format=torch.contiguous_format) for x in (w, gradient, self.mask[:, block])
+        )
         h = self.h[block, block]
         for j in range(len(w)):
             best = grid.nearest(w[j] - gradient[j] / h[j, j], scale, self.largest).where(kept[j], 0.0)

@@ -161,3 +161,14 @@ def test_a_model_is_pruned_and_quantised():
 def test_settings_out_of_range_are_refused(settings, why):
     with pytest.raises(ValueError, match=why):
         GPTQ(**settings)
+
+
+@pytest.mark.parametrize("rows", [1, 24])
+def test_how_the_weight_lies_in_memory_changes_nothing(rows):
+    """A single row, and the transposed weight of a Conv1D: their columns are contiguous where they stand."""
+    weight, gram = problem(rows=rows)
+    quantised = GPTQ(first=SparseGPT(16)).prune(weight, gram, NM(2, 4))
+    by_columns = GPTQ(first=SparseGPT(16)).prune(weight.T.contiguous().T, gram, NM(2, 4))
+    torch.testing.assert_close(by_columns, quantised)
+    swept = GPTQ(first=SparseGPT(16), passes=0).prune(weight, gram, NM(2, 4))
+    assert (loss(weight, quantised, damped(gram)) < loss(weight, swept, damped(gram))).all()
