@@ -123,17 +123,22 @@ def on_cpu(
     direct = out and all(x.dtype == torch.float32 and _rows_are_contiguous(x) for x in out)
     pruned, e = out if direct else (torch.empty(weight.shape) for _ in range(2))
     compiled.cpu().obs_sweep(
-        *(weight.data_ptr(), weight.stride(0), u.data_ptr(), mask.data_ptr(), mask.stride(0)),
+        *(weight.data_ptr(), _row_stride(weight), u.data_ptr(), mask.data_ptr(), _row_stride(mask)),
         *(nm or (0, 0)),
         *(0 if scale is None else scale.data_ptr(), levels),
-        *(pruned.data_ptr(), pruned.stride(0), e.data_ptr(), e.stride(0)),
+        *(pruned.data_ptr(), _row_stride(pruned), e.data_ptr(), _row_stride(e)),
         *(*weight.shape, torch.get_num_threads(), isa),
     )
     return (pruned, e) if direct else _into(out, pruned, e)
 
 
 def _rows_are_contiguous(x: Tensor) -> bool:
-    return x.stride(1) == 1 and x.stride(0) >= x.shape[1]
+    return x.stride(1) == 1 and _row_stride(x) == x.stride(0)
+
+
+def _row_stride(x: Tensor) -> int:
+    """Of rows that do not overlap; the stride of a single one is torch's to choose, and .contiguous() leaves it."""
+    return max(x.stride(0), x.shape[1])
 
 
 def _cpu_refuses(weight: Tensor, u: Tensor) -> str | None:

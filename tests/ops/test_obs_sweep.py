@@ -168,6 +168,16 @@ class TestEveryKernel:
         with pytest.raises(ValueError, match=r"out must be \[37, 24\] for a weight \[37, 24\], got \[37, 23\]"):
             kernel.run(weight, u, mask, out=(columns, errors[:, 1:]))
 
+    def test_a_single_row_may_have_any_stride(self, kernel):
+        """torch calls a transposed column contiguous, and leaves its row the stride 1."""
+        weight, _, u, mask = problem(rows=1, block=24)
+        pruned, e = kernel.run(weight, u, mask)
+        column, forbidden, errors = weight.clone().view(24, 1), mask.clone().view(24, 1), torch.full((24, 1), torch.nan)
+        assert column.T.stride() == (1, 1)
+        kernel.run(column.T, u, forbidden.T, out=(column.T, errors.T))
+        assert torch.equal(column.T, pruned)
+        assert torch.equal(errors.T, e)
+
     def test_no_rows_and_no_columns_are_nothing_to_do(self, kernel):
         for rows, block in ((0, 8), (3, 0)):
             weight = torch.zeros(rows, block)
