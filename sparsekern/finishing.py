@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from sparsekern import hf
+from sparsekern.experts import Expert
 
 HELD_OUT_PARTS = 8
 
@@ -36,7 +37,8 @@ class Call:
         """The first tensor that the block puts out, with `parameters` in the place of its own."""
         # a copy: a block may write to what it is given
         args = tuple(arg.clone() if isinstance(arg, Tensor) else arg for arg in self.args)
-        return first_tensor(functional_call(block, dict(parameters), args, dict(self.kwargs)))
+        kwargs = {key: arg.clone() if isinstance(arg, Tensor) else arg for key, arg in self.kwargs.items()}
+        return first_tensor(functional_call(block, dict(parameters), args, kwargs))
 
     def errors(self, block: nn.Module, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """|| output - target ||^2 and || target ||^2, over the tokens that count."""
@@ -75,7 +77,7 @@ class Finish:
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
 
-    def fit(self, name: str, block: nn.Module, layers: Mapping[str, nn.Module], calls: list[Call]) -> BlockReport:
+    def fit(self, name: str, block: nn.Module, layers: Mapping[str, hf.Layer], calls: list[Call]) -> BlockReport:
         """Change the weights of `layers` in place, zeros stay zero.
 
         name    of the block, for the report
@@ -95,7 +97,7 @@ class Finish:
         wanted = {id(hf.parameter(layer)) for layer in layers.values()}
         parameters = {key: value for key, value in block.named_parameters() if id(value) in wanted}
         before = _error(block, {}, unseen)
-        fitted = self._descend(block, parameters, seen)
+        fitted = self._descend(block, layers, parameters, seen)
         after = _error(block, fitted, unseen)
         # NaN is not lower
         kept = after < before
@@ -105,17 +107,23 @@ class Finish:
         return BlockReport(name, before, after, kept)
 
     def _descend(
-        self, block: nn.Module, parameters: Mapping[str, nn.Parameter], calls: list[Call]
+        self,
+        block: nn.Module,
+        layers: Mapping[str, hf.Layer],
+        parameters: Mapping[str, nn.Parameter],
+        calls: list[Call],
     ) -> dict[str, Tensor]:
         """The fitted parameters by name, in the block's own dtype."""
-        masks = {key: value.data != 0 for key, value in parameters.items()}
+        masks = _masks(parameters, layers)
         # steps are far smaller than what bfloat16 can hold
         masters = {key: value.data.float().clone().requires_grad_() for key, value in parameters.items()}
         groups = [
             {
                 "params": [master],
                 "lr": self.learning_rate
-                * float(master.detach().square().sum().div(masks[key].sum().clamp(min=1)).sqrt()),
+                * float(
+                    master.detach().where(masks[key], 0.0).square().sum().div(masks[key].sum().clamp(min=1)).sqrt()
+                ),
             }
             for key, master in masters.items()
         ]
@@ -124,19 +132,38 @@ class Finish:
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
 
         def cast() -> dict[str, Tensor]:
-            return {key: master.where(masks[key], 0.0).to(parameters[key].dtype) for key, master in masters.items()}
+            # + 0.0: a half's small negative weight may become -0.0
+            return {
+                key: torch.where(masks[key], masters[key].to(value.dtype), value.data) + 0.0
+                for key, value in parameters.items()
+            }
 
         for step in range(steps):
             call = calls[step % len(calls)]
             with torch.enable_grad():
                 away, size = call.errors(block, cast())
-                # an expert that a batch does not reach has no gradient there
-                gradients = torch.autograd.grad(away / size, list(masters.values()), materialize_grads=True)
+                # a layer that a batch does not reach has no gradient there, and when it reaches none there is no graph
+                gradients = (
+                    torch.autograd.grad(away / size, list(masters.values()), materialize_grads=True)
+                    if away.requires_grad
+                    else [torch.zeros_like(master) for master in masters.values()]
+                )
             for master, gradient in zip(masters.values(), gradients, strict=True):
                 master.grad = gradient
             optimizer.step()
             schedule.step()
         return {key: value.detach() for key, value in cast().items()}
+
+
+def _masks(parameters: Mapping[str, nn.Parameter], layers: Mapping[str, hf.Layer]) -> dict[str, Tensor]:
+    """The weights of `layers` that are not zero, as a mask of each parameter: it may hold experts that are not ours."""
+    masks = {key: torch.zeros_like(value.data, dtype=torch.bool) for key, value in parameters.items()}
+    keys = {id(value): key for key, value in parameters.items()}
+    for layer in layers.values():
+        parameter = hf.parameter(layer)
+        part = layer.index if isinstance(layer, Expert) else slice(None)
+        masks[keys[id(parameter)]][part] = parameter.data[part] != 0
+    return masks
 
 
 def _error(block: nn.Module, parameters: Mapping[str, Tensor], calls: list[Call]) -> float:

@@ -144,6 +144,8 @@ def prune(
     def finish_block(name: str, block: nn.Module, calls: list[Call]) -> None:
         reached = {layer.name for layer in report.layers}
         pruned = {key: layer for key, layer in layers if key in reached and key.startswith(f"{name}.")}
+        # nothing but padding has nothing to aim at
+        calls = [call for call in calls if len(call.counts(call.target))]
         if pruned and len(calls) > 1:
             report.blocks.append(finish.fit(name, block, pruned, calls))
         elif pruned:

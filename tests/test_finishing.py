@@ -58,6 +58,43 @@ def test_only_the_layers_named_change(problem):
     assert changed == {"up.weight"}
 
 
+def test_an_expert_that_is_left_dense_stays_as_it_is():
+    """It shares its parameter with experts that are finished."""
+    model = tiny_models.make("mixtral")
+    names = [name for name, _ in hf.layers(model) if ".experts." in name]
+    before = hf.weight(dict(hf.layers(model))[names[0]]).clone()
+    others = hf.parameter(dict(hf.layers(model))[names[0]]).clone()
+    batches = tiny_models.batches("mixtral")
+    report = sk.prune(model, sk.Wanda(), 0.5, batches, skip=[names[0]], finish=Finish(learning_rate=1e-3))
+    assert report.blocks[0].kept
+    assert torch.equal(hf.weight(dict(hf.layers(model))[names[0]]), before)
+    assert not torch.equal(hf.parameter(dict(hf.layers(model))[names[0]]), others)
+
+
+def test_a_batch_that_goes_past_the_layers_says_nothing_of_them(problem):
+    block, layers, calls = problem
+
+    class Gate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = block
+
+        def forward(self, x, scale):
+            return self.block(x, scale) if scale else x
+
+    past = Call(calls[0].args, {"scale": 0.0}, calls[0].args[0] + 1, calls[0].counts)
+    report = Finish(epochs=10, learning_rate=0.05).fit("block", Gate(), layers, [past, *calls])
+    assert report.kept
+
+
+def test_a_batch_of_nothing_but_padding_does_not_decide():
+    ids = torch.randint(3, tiny_models.VOCABULARY, (5, 2, 9), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": some, "attention_mask": torch.ones_like(some)} for some in ids]
+    batches[-1]["attention_mask"][:] = 0
+    report = sk.prune(tiny_models.make("llama"), sk.Wanda(), 0.5, batches, finish=Finish())
+    assert all(block.before > 0 for block in report.blocks)
+
+
 def test_what_does_not_lower_the_held_out_error_is_undone(problem):
     block, layers, calls = problem
     before = copy.deepcopy(block.state_dict())

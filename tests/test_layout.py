@@ -29,7 +29,7 @@ ARROWS = {
     "experts": set(),
     "hf": {"experts"},
     "batches": set(),
-    "finishing": {"hf"},
+    "finishing": {"hf", "experts"},
     "calibrate": {"hf", "experts", "batches", "finishing", "stats"},
     "gradients": {"hf", "experts", "batches", "stats"},
     "oneshot": {"pattern", "stats", "methods", "calibrate", "finishing", "gradients", "hf"},
