@@ -18,7 +18,8 @@ class Refine:
     """Prune by `method`, then fit the weights it kept by conjugate gradients.
 
     steps    conjugate gradient steps, at most
-    damping  added to the unit diagonal of the scaled H; None chooses it on the held-out tokens
+    damping  added to the unit diagonal of the scaled H; None chooses it on the held-out tokens. With less than 1e-6,
+             where H says nothing what float32 rounds off would decide
 
     Raises ValueError for a method that leaves nothing to fit on a Gram matrix, and for one that quantises.
     """
@@ -39,8 +40,8 @@ class Refine:
             )
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
-        if self.damping is not None and not self.damping >= 0:
-            raise ValueError(f"damping must not be negative, got {self.damping}")
+        if self.damping is not None and not self.damping >= 1e-6:
+            raise ValueError(f"damping must be at least 1e-6 or None, got {self.damping}")
 
     def check(self, in_features: int, pattern: Pattern) -> None:
         """Raises ValueError where `method` does."""
