@@ -5,6 +5,7 @@ A row has one scale, or one for every `group_size` neighbouring inputs.
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 BITS = (4, 8)
 # the largest weight of a row at 4 bits is best cut by a sixth or so; no row was seen to gain from less than half
@@ -67,9 +68,8 @@ def recover(weight: Tensor, bits: int, group_size: int | None = None) -> tuple[T
     """
     rows, columns = weight.shape
     size = group_size or max(columns, 1)
-    if columns % size:
-        raise ValueError(f"in_features must be a multiple of group_size {size}, got {columns}")
-    groups = weight.float().reshape(-1, size)
+    # the last group of a row may be shorter: zeros lie on every grid
+    groups = functional.pad(weight.float(), (0, -columns % size)).reshape(-1, size)
     most = groups.abs().amax(dim=1)
     scale, found = torch.zeros_like(most), most == 0
     for integer in range(1, levels(bits) + 1):
@@ -80,9 +80,9 @@ def recover(weight: Tensor, bits: int, group_size: int | None = None) -> tuple[T
         scale, found = torch.where(fits, candidate, scale), found | fits
     if not found.all():
         first = int((~found).nonzero()[0])
-        row, group = divmod(first, columns // size)
+        row, group = divmod(first, -(-columns // size))
         raise ValueError(
             f"row {row}, group {group} does not lie on a grid of {bits} bits ({int((~found).sum())} groups like this)"
         )
     steps = (groups / scale[:, None]).where(scale[:, None] != 0, 0.0).round()
-    return steps.to(torch.int8).view(rows, columns), scale.view(rows, -1)
+    return steps.to(torch.int8).view(rows, -1)[:, :columns], scale.view(rows, -1)

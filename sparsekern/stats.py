@@ -158,9 +158,9 @@ class Gram:
                 return _Factor(u, used, retries)
             if bad := int((~self._sum.isfinite()).sum()):
                 raise ValueError(f"Hessian holds {bad} NaN or infinite values: the activations overflow its sums")
-            used, retries = max(used * 10, 1e-4), retries + 1
-            if used > 1:
-                raise torch.linalg.LinAlgError(f"Hessian is not positive definite at damping 1 (asked: {damping})")
+            if used >= 1:
+                raise torch.linalg.LinAlgError(f"Hessian is not positive definite at damping {used} (asked: {damping})")
+            used, retries = min(max(used * 10, 1e-4), 1.0), retries + 1
 
 
 @dataclass(frozen=True, eq=False)

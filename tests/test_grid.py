@@ -49,10 +49,16 @@ def test_integers_and_scales_come_back(bits, group_size):
     )
 
 
+def test_the_last_group_of_a_row_may_be_shorter():
+    integers = torch.tensor([[7, -3, 0, 1, 7, 2, -7], [-7, 7, 1, 2, 0, 0, 0]])
+    scales = torch.tensor([[0.5, 0.25], [0.125, 0.0]])
+    got, got_scales = grid.recover(integers * scales.repeat_interleave(4, dim=1)[:, :7], 4, 4)
+    assert torch.equal(got.long(), integers)
+    assert torch.equal(got_scales, scales)
+
+
 def test_a_weight_off_the_grid_is_refused_by_name():
     weight = torch.ones(4, 16)
     weight[2, 8:] = torch.tensor([7, 6, 5, 4, 3, 2, 1, 0.3])
     with pytest.raises(ValueError, match=r"row 2, group 1 does not lie on a grid of 4 bits \(1 groups like this\)"):
         grid.recover(weight, 4, 8)
-    with pytest.raises(ValueError, match="in_features must be a multiple of group_size 5, got 16"):
-        grid.recover(weight, 4, 5)
