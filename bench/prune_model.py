@@ -90,7 +90,7 @@ class Watched:
         self._counted: weakref.WeakSet = weakref.WeakSet()
         self._walking = True
         self._hooks = [block.register_forward_pre_hook(self._run) for _, block in hf.blocks(model)]
-        self.resets_peak = reset_peak()
+        self.resets_peak, self._started = reset_peak(), time.perf_counter()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._method, name)
@@ -116,7 +116,11 @@ class Watched:
     def _run(self, *_: Any) -> None:
         # the first forward after a block was pruned
         if not self._walking:
-            self.turns[-1].solved_peak, self.turns[-1].resident = peak_since_reset(), resident()
+            turn = self.turns[-1]
+            turn.solved_peak, turn.resident = peak_since_reset(), resident()
+            # minutes apart for a large model, and the rows come at the end
+            seconds, peak = time.perf_counter() - self._started, max(turn.walked_peak, turn.solved_peak)
+            print(f"{len(self.turns)} blocks, {seconds:.0f} s, peak {peak / 1e6:,.0f} MB", file=sys.stderr)
             self._walking = True
             reset_peak()
 
@@ -131,7 +135,7 @@ def prune_watched(model: nn.Module, arguments: argparse.Namespace) -> dict[str, 
     estimate = preview(model, pattern).statistics_bytes
     watched = Watched(METHODS[arguments.method](), model)
     started = time.perf_counter()
-    report = sk.prune(model, watched, pattern, batches, progress=sys.stderr.isatty())
+    report = sk.prune(model, watched, pattern, batches)
     watched.end()
     layers = dict(hf.layers(model))
     exact = {row.name: is_exact(hf.weight(layers[row.name]), pattern) for row in report.layers}
