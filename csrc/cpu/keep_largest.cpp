@@ -231,17 +231,25 @@ int64_t keep_largest(const float* saliency, const int64_t* kept, int64_t kept_st
   const int64_t scratch_bytes = small ? 0 : size * 4 + parts * static_cast<int64_t>(sizeof(Part)) + 64;
   char* scratch = small ? nullptr : static_cast<char*>(std::malloc(static_cast<size_t>(scratch_bytes * workers)));
   if (!small && scratch == nullptr) return -1;
-  int64_t missing = 0;
-#pragma omp parallel for num_threads(workers) schedule(static, 1) reduction(+ : missing) if (workers > 1)
-  for (int worker = 0; worker < workers; ++worker) {
+  const auto work = [&](int worker) {
     // the parts first: their integers are the wider ones
     Part* mine = reinterpret_cast<Part*>(scratch + scratch_bytes / 64 * 64 * worker);
     uint32_t* keys = reinterpret_cast<uint32_t*>(mine + parts);
+    int64_t missing = 0;
     for (int64_t set = sets * worker / workers; set < sets * (worker + 1) / workers; ++set) {
       const float* here = saliency + set * size;
       missing += small ? keep_in_small_set(here, kept[set * kept_stride], mask + set * size, size)
                        : keep_in_set(here, kept[set * kept_stride], mask + set * size, size, keys, mine, parts);
     }
+    return missing;
+  };
+  int64_t missing = 0;
+  if (workers == 1) {
+    // not in a region of one thread: regions inside it would start new threads each time
+    missing = work(0);
+  } else {
+#pragma omp parallel for num_threads(workers) schedule(static, 1) reduction(+ : missing)
+    for (int worker = 0; worker < workers; ++worker) missing += work(worker);
   }
   std::free(scratch);
   return missing;
