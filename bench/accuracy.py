@@ -9,7 +9,7 @@ low-rank mix (rank 64, the k-th factor weighted k^-1/2) at .45, noise at .3 and 
 exp(.15 n), 1 % of them 20 times louder; every n is a standard normal. 16384 tokens, the last eighth held out, three
 seeds. The error is ||X (W - W')^T|| / ||X W^T||.
 
---output writes the JSON to a file as well; the last line of stdout is the same.
+--output writes the JSON to a file as well, perplexities also as a PNG beside it; the last line of stdout is the same.
 """
 
 import argparse
@@ -148,6 +148,34 @@ def table(title: str, rows: list[dict[str, Any]], cell) -> Table:
     return made
 
 
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Perplexity against sparsity, a line a variant, and beside it the N:M patterns."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    variants = dict.fromkeys(row["method"] for row in result["rows"])
+    for number, name in enumerate(variants):
+        # the last ones, with everything added, stand out
+        style = {"color": f"C{number % 10}", "marker": "o^s"[number // 10], "linewidth": 1 + ("+ finishing" in name)}
+        found = {row["pattern"]: row["perplexity"] for row in result["rows"] if row["method"] == name}
+        for axes, specs in ((left, PATTERNS[:3]), (right, PATTERNS[3:])):
+            points = [(spec, found[spec]) for spec in specs if spec in found]
+            axes.plot(*zip(*points, strict=True), label=name, **style) if points else None
+    for axes in (left, right):
+        axes.axhline(result["dense"]["value"], color="0.4", linestyle=":", label="dense")
+        axes.set(yscale="log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+    left.set(ylabel="perplexity on held-out text", title="unstructured")
+    right.set(title="N:M")
+    handles = {
+        text: line for axes in (left, right) for line, text in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
 def _calibration(seed: int, windows: int) -> list[Tensor]:
     tokens = text.tokenize(hf.tokenizer(demo.MODEL), text.read_text(demo.MODEL / "calibration.txt"))
     return text.windows(tokens, SEQLEN, windows, seed)
@@ -191,6 +219,8 @@ def main() -> None:
     written = json.dumps({"machine": machine(), "what": arguments.what, **result})
     if arguments.output:
         arguments.output.write_text(written + "\n")
+        if arguments.what == "perplexity":
+            plot(result, arguments.output.with_suffix(".png"))
     print(written)
 
 

@@ -36,6 +36,17 @@ def test_a_bench_script_runs_and_ends_with_json(script):
     assert json.loads(ran.stdout.splitlines()[-1])
 
 
+def test_perplexities_can_be_drawn(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import accuracy
+
+    rows = [
+        {"method": name, "pattern": spec, "perplexity": 9.0} for spec in ("50%", "2:4") for name in ("Wanda", "ADMM")
+    ]
+    accuracy.plot({"dense": {"value": 7.0}, "rows": rows}, tmp_path / "drawn.png")
+    assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_benchmarks_of_the_ops_run():
     command = [sys.executable, "-m", "pytest", "-q", "-k", "tiny", "--benchmark-disable", "-p", "no:cacheprovider"]
     ran = subprocess.run([*command, str(ROOT / "bench/ops.py")], capture_output=True, text=True, timeout=300, cwd=ROOT)
