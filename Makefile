@@ -6,13 +6,16 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 BUILT_FROM := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test lint bench build clean
+.PHONY: demo test soak lint bench build clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/sparsekern demo
 
 test: lint
 	$(PY) -m pytest
+
+soak: $(VENV)/installed
+	$(PY) -m pytest -s tests/soak/soak_*.py
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .

@@ -46,7 +46,7 @@ ARROWS = {
 PRUNE = {"batches", "calibrate", "experts", "gradients", "methods", "oneshot", "lottery", "permute", "allocation"}
 RUN = {"formats", "linear", "plan"}
 # commands and what they are made of: they may import everything, and of the rest only each other imports them
-DOORS = {"card", "cli", "demo", "doctor", "endtoend", "inspect", "preview", "speed"}
+DOORS = {"card", "cli", "commands", "demo", "doctor", "endtoend", "inspect", "preview", "speed"}
 # foreign thing -> where it is let in
 FOREIGN = {"transformers": "hf.py", "triton": "ops/triton/"}
 

@@ -1,0 +1,172 @@
+"""sparsekern prune: a checkpoint in, a pruned checkpoint out."""
+
+import json
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from sparsekern import doctor, hf, text
+from sparsekern.allocation import CANDIDATES, allocate
+from sparsekern.card import model_card
+from sparsekern.commands.arguments import AsJson, Dtype, Model, Seqlen, load, tokens_of, window
+from sparsekern.commands.output import measured_perplexity, print_result
+from sparsekern.finishing import Finish
+from sparsekern.measure import Perplexity
+from sparsekern.methods import GPTQ, METHODS, Refine, SparseGPT
+from sparsekern.oneshot import PruneReport
+from sparsekern.oneshot import prune as prune_model
+from sparsekern.pattern import NM, as_pattern
+from sparsekern.permute import permute as permute_model
+from sparsekern.preview import preview
+from sparsekern.stats import GradSquare
+
+EXAMPLE = "`sparsekern prune MODEL --pattern 2:4 --calibration text.txt -o OUT`"
+
+
+def command(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="directory to write; must not exist")],
+    calibration: Annotated[str | None, typer.Option(help="text file, or dataset name[:config[:split]]")] = None,
+    method: Annotated[str, typer.Option(help=" | ".join(METHODS))] = "admm",
+    pattern: Annotated[str, typer.Option(help='"2:4", any N:M, or a sparsity: 0.5, "60%"')] = "2:4",
+    scope: Annotated[
+        str | None,
+        typer.Option(help="where weights compete at a sparsity: row, block, layer or model; else the method's"),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="calibration windows")] = 128,
+    seqlen: Seqlen = None,
+    seed: Annotated[int, typer.Option(help="which windows are drawn")] = 0,
+    refine: Annotated[int, typer.Option(help="least-squares steps on the weights that the method kept")] = 0,
+    finish: Annotated[int, typer.Option(help="passes that fit each block's output when its layers are pruned")] = 0,
+    bits: Annotated[
+        int | None,
+        typer.Option(help="4 or 8: kept weights move to integers; sparsegpt's in its sweep, others' by GPTQ"),
+    ] = None,
+    group_size: Annotated[int | None, typer.Option(help="inputs that share a scale, with --bits; else a row's")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help='layers to leave dense, with wildcards: "*.down_proj"')] = None,
+    permute: Annotated[
+        bool, typer.Option("--permute", help="first reorder channels so that N:M loses less; outputs stay the same")
+    ] = False,
+    allocation: Annotated[
+        str, typer.Option(help=f"uniform, or unequal where that lowers a held-out loss: {' | '.join(CANDIDATES)}")
+    ] = "uniform",
+    heldout: Annotated[str | None, typer.Option(help="text to measure perplexity on, before and after")] = None,
+    dtype: Dtype = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and do nothing")] = False,
+    as_json: AsJson = False,
+):
+    """Prune MODEL and write a checkpoint that plain transformers loads; its pruned weights are zeros."""
+    settings, wanted = _method(method, refine, bits, group_size), as_pattern(pattern)
+    fitting = Finish(finish) if finish else None
+    if output.exists() or output.is_symlink():
+        raise FileExistsError(f"{str(output)!r} exists already; remove it or choose another directory")
+    if (above := next(parent for parent in output.absolute().parents if parent.exists())).is_file():
+        raise NotADirectoryError(f"{str(output)!r} cannot be made: {str(above)!r} is a file")
+    if permute and not isinstance(wanted, NM):
+        raise ValueError(f"--permute helps N:M patterns only, got --pattern {pattern}")
+    if allocation not in ("uniform", *CANDIDATES):
+        raise ValueError(f"allocation must be one of uniform, {', '.join(CANDIDATES)}, got {allocation!r}")
+    for flag, value in (("--allocation", allocation if allocation != "uniform" else None), ("--scope", scope)):
+        if value is not None and isinstance(wanted, NM):
+            raise ValueError(f"{flag} {value} needs a sparsity, got --pattern {pattern}")
+    if scope is not None:
+        wanted = replace(wanted, scope=scope)
+    if finish and bits is not None:
+        raise ValueError("--finish would move weights off the grid of --bits; leave one of the two out")
+    if finish and settings.needs is GradSquare:
+        raise ValueError(f"--finish needs a method that reads what each layer is given, and {method} reads gradients")
+    needing = {f"method {method}": METHODS[method].needs, "--refine": refine, "--bits": bits, "--finish": finish}
+    needing |= {"--permute": permute, f"--allocation {allocation}": allocation != "uniform"}
+    if calibration is None and any(needing.values()):
+        what = next(what for what, asked in needing.items() if asked)
+        raise ValueError(f"{what} needs --calibration: a text file or a dataset name")
+    source = load(model, dtype)
+    tokenizer, seqlen = hf.tokenizer(model), window(source, seqlen)
+    batches = None
+    if calibration is not None:
+        batches = text.windows(tokens_of(tokenizer, calibration), seqlen, samples, seed)
+    test = tokens_of(tokenizer, heldout) if heldout is not None else None
+    # refuses what prune() would, before anything takes its time
+    planned = preview(source, wanted, skip or [], settings)
+    if dry_run:
+        print_result(planned.to_json(), as_json, lambda _: [str(planned), "nothing was written"])
+        return
+
+    perplexity = (
+        {"before": measured_perplexity(source, test, seqlen, "dense perplexity")} if heldout is not None else None
+    )
+    permuted = permute_model(source, wanted, batches, seed=seed, progress=not as_json) if permute else None
+    allocated = None
+    if allocation != "uniform":
+        compared = {"candidates": CANDIDATES[allocation], "skip": skip or [], "progress": not as_json}
+        allocated = allocate(source, settings, wanted, batches, **compared)
+        wanted = allocated.patterns
+    report = prune_model(source, settings, wanted, batches, finish=fitting, skip=skip or [], progress=not as_json)
+    if perplexity is not None:
+        perplexity["after"] = measured_perplexity(source, test, seqlen, "pruned perplexity")
+
+    described = f"{samples} windows of {seqlen} tokens of {_name(calibration)}, seed {seed}" if batches else "none"
+    facts = _provenance(model)
+    command = shlex.join(["sparsekern", *sys.argv[1:]])
+    figures = None if perplexity is None else {name: value.to_json() for name, value in perplexity.items()}
+    result = {"command": command, **facts, "calibration": described, "perplexity": figures, "report": report.to_json()}
+    first = {name: done for name, done in (("permuted", permuted), ("allocated", allocated)) if done is not None}
+    result |= {name: done.to_json() for name, done in first.items()}
+    files = {
+        "README.md": model_card(_name(model), command, report, described, perplexity, facts, first.values()),
+        "sparsekern.json": json.dumps(result, indent=1),
+    }
+    hf.save(source, tokenizer, output, files)
+    print_result(
+        result,
+        as_json,
+        lambda _: [*map(str, first.values()), *_prune_tables(report, perplexity), f"wrote {output}"],
+    )
+
+
+def _method(name: str, refine: int, bits: int | None, group_size: int | None) -> Any:
+    """A method by its name, with what refines and what quantises it; ValueError for what does not go together."""
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
+    if group_size is not None and bits is None:
+        raise ValueError(f"--group-size {group_size} goes with --bits")
+    if (refine or bits is not None) and METHODS[name].needs is GradSquare:
+        flag = "--refine" if refine else "--bits"
+        raise ValueError(f"{flag} needs a method that reads what each layer is given, and {name} reads gradients")
+    joint = bits is not None and name == "sparsegpt"
+    method = SparseGPT(bits=bits, group_size=group_size) if joint else METHODS[name]()
+    method = Refine(method, refine) if refine else method
+    return method if bits is None or joint else GPTQ(bits, group_size, first=method)
+
+
+def _prune_tables(report: PruneReport, perplexity: dict[str, Perplexity] | None) -> list[Any]:
+    table = Table("layer", "shape", "sparsity", "error", "held-out", "damping", "dead inputs", "s")
+    for row in report.layers:
+        errors = ("–" if value is None else f"{value:.4f}" for value in (row.error, row.held_out_error, row.damping))
+        dead = "–" if row.dead_inputs is None else str(row.dead_inputs)
+        shape = f"{row.out_features} x {row.in_features}"
+        table.add_row(row.name, shape, f"{row.sparsity:.2%}", *errors, dead, f"{row.seconds:.2f}")
+    lines = [f"stays dense: {name}: {reason}" for name, reason in report.skipped]
+    lines += [f"statistics of {row.name}: {row.fallback}" for row in report.layers if row.fallback]
+    if perplexity is not None:
+        lines.append(f"perplexity {perplexity['before']} -> {perplexity['after']}")
+    return [table, *lines, str(report)]
+
+
+def _name(source: str) -> str:
+    """What a card calls a model or a text: a local one by its last part, no paths of this machine."""
+    path = Path(source).expanduser()
+    return path.resolve().name if path.exists() else source
+
+
+def _provenance(model: str) -> dict[str, Any]:
+    """What a reader needs to do the same again: versions and the hashes of the dense model's files."""
+    facts = {name: version for name, version in doctor.libraries().items() if version}
+    directory = Path(model).expanduser()
+    hashes = hf.fingerprint(directory) if directory.is_dir() else {}
+    return {**facts, **{f"sha256 of the dense {name}": digest for name, digest in hashes.items()}}
