@@ -7,8 +7,6 @@ Blocks are found by structure (the outermost ModuleLists), so that a plain nn.Mo
 
 import hashlib
 import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from sparsekern.experts import Expert, UnreadableExpertsError, orientation
+from sparsekern.publish import publish
 
 # one weight matrix W that x is multiplied by
 Layer = nn.Module | Expert
@@ -191,26 +190,14 @@ def save(model: nn.Module, tokenizer, directory: str | Path, files: Mapping[str,
     tokenizer  or processor, saved beside the model; None for none
     files      name -> text, written beside them: README.md is the model's card
 
-    The directory appears by one rename, complete or not at all. Raises FileExistsError when it exists already.
+    The directory appears by one rename, synced, complete or not at all. Raises FileExistsError when it exists already.
     """
-    directory = Path(directory)
-    _refuse_existing(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    # beside the target: a rename must not cross file systems
-    hidden = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
-    # mkdtemp's own directory is closed to everybody else, one made inside it is not
-    unfinished = hidden / directory.name
-    try:
-        unfinished.mkdir()
+    with publish(directory) as unfinished:
         model.save_pretrained(unfinished)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
         for name, content in files.items():
             (unfinished / name).write_text(content, encoding="utf-8")
-        _refuse_existing(directory)
-        os.rename(unfinished, directory)
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def fingerprint(directory: str | Path) -> dict[str, str]:
@@ -372,8 +359,3 @@ def _in_one_line(what: str, path_or_name: str | Path, error: Exception) -> str:
     remedy = "" if os.path.isdir(path_or_name) else "; give a local directory, or check the name and the network"
     reason = " ".join(str(error).split())
     return f"cannot load {what} {str(path_or_name)!r}: {reason.split('. ')[0].rstrip('.')}{remedy}"
-
-
-def _refuse_existing(directory: Path) -> None:
-    if directory.exists() or directory.is_symlink():
-        raise FileExistsError(f"{str(directory)!r} exists already; remove it or choose another directory")
