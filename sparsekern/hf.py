@@ -1,33 +1,46 @@
-"""hf: the one module that knows transformers: where a model's blocks and layers are, how models are loaded and saved.
+"""hf: where the blocks and layers of transformers' models are. How models are loaded and saved is in hf_files.py.
 
 A layer can be pruned when its forward is exactly x W^T + b: nn.Linear, transformers' Conv1D, which holds W^T, and each
 expert's matrix where a mixture of experts keeps them in one 3-D parameter.
 Blocks are found by structure (the outermost ModuleLists), so that a plain nn.Module works as well.
 """
 
-import hashlib
-import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
-import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from sparsekern.experts import Expert, UnreadableExpertsError, orientation
-from sparsekern.publish import publish
+from sparsekern.hf_files import fingerprint, load, quiet, save, skeleton, tokenizer
+
+__all__ = [
+    "Layer",
+    "UnknownModelError",
+    "blocks",
+    "evaluating",
+    "facts",
+    "fingerprint",
+    "gradient",
+    "layers",
+    "load",
+    "one_by_one",
+    "parameter",
+    "positions",
+    "quiet",
+    "save",
+    "skeleton",
+    "skipped",
+    "tokenizer",
+    "weight",
+]
 
 # one weight matrix W that x is multiplied by
 Layer = nn.Module | Expert
 
-TOKENIZER_FILES = ("*token*", "vocab*", "*.model")
-# what transformers raises on a config.json that makes no sense
-BROKEN_CONFIG = (KeyError, TypeError, AttributeError, ArithmeticError)
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -131,92 +144,6 @@ def one_by_one(model: nn.Module) -> Iterator[None]:
 def positions(model: nn.Module) -> int | None:
     """How many tokens the model can be given at once; None when its config sets no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def quiet() -> None:
-    """Turn transformers' own progress bars off."""
-    transformers.utils.logging.disable_progress_bar()
-
-
-def load(
-    path_or_name: str | Path,
-    dtype: torch.dtype | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> nn.Module:
-    """The model of a local directory or of the hub, in eval mode; safetensors only.
-
-    dtype  of the weights; None keeps the checkpoint's own
-
-    Its class is the one its config names, a causal language model when the config names none. Raises ValueError, in one
-    line, when there is no such model, the network is missing, or the checkpoint does not hold every weight.
-    """
-    source = _source(path_or_name)
-    hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
-        config = transformers.AutoConfig.from_pretrained(source, **hub)
-        model, found = _model_class(config, trust_remote_code).from_pretrained(
-            source, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **hub
-        )
-    except (*BROKEN_CONFIG, OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise ValueError(_in_one_line("model", path_or_name, error)) from error
-    if lost := sorted(found["missing_keys"]) + [str(key) for key in sorted(found["mismatched_keys"])]:
-        # transformers would go on with random numbers in their place
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        raise ValueError(
-            f"cannot load model {str(path_or_name)!r}: its files hold no fitting weights for {lost[0]}{more}, which"
-            f" {type(model).__name__} needs"
-        )
-    return model.eval()
-
-
-def tokenizer(path_or_name: str | Path, revision: str | None = None, trust_remote_code: bool = False):
-    """The tokenizer of a local directory or of the hub. Raises ValueError, in one line, when there is none."""
-    source = _source(path_or_name)
-    # transformers 5.0 would make an empty one up
-    if os.path.isdir(source) and not any(any(Path(source).glob(files)) for files in TOKENIZER_FILES):
-        raise ValueError(f"cannot load tokenizer {str(path_or_name)!r}: the directory holds none")
-    try:
-        return transformers.AutoTokenizer.from_pretrained(
-            source, revision=revision, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
-        raise ValueError(_in_one_line("tokenizer", path_or_name, error)) from error
-
-
-def save(model: nn.Module, tokenizer, directory: str | Path, files: Mapping[str, str]) -> None:
-    """Write a checkpoint that plain transformers loads; zeros are stored like any weight.
-
-    tokenizer  or processor, saved beside the model; None for none
-    files      name -> text, written beside them: README.md is the model's card
-
-    The directory appears by one rename, synced, complete or not at all. Raises FileExistsError when it exists already.
-    """
-    with publish(directory) as unfinished:
-        model.save_pretrained(unfinished)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(unfinished)
-        for name, content in files.items():
-            (unfinished / name).write_text(content, encoding="utf-8")
-
-
-def fingerprint(directory: str | Path) -> dict[str, str]:
-    """The sha256 of each file of a local checkpoint that decides what it computes, by file name.
-
-    Raises ValueError when the directory holds no safetensors.
-    """
-    files = sorted(Path(directory).glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{str(directory)!r} holds no safetensors")
-    files += [path for name in ("config.json", "tokenizer.json") if (path := Path(directory, name)).is_file()]
-    digests = {}
-    for path in files:
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 24):
-                digest.update(chunk)
-        digests[path.name] = digest.hexdigest()
-    return digests
 
 
 def _blocks_below(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
@@ -332,30 +259,3 @@ def _not_a_layer(name: str, module: nn.Module, parameter: nn.Parameter) -> str |
     if "expert" in f"{name}{kind}".lower() and parameter.dim() == 3:
         return None
     return f"{kind}, not a linear layer"
-
-
-def _source(path_or_name: str | Path) -> str:
-    """Raises ValueError for what can only be a directory and is none."""
-    source = os.path.expanduser(path_or_name)
-    if os.path.isdir(source):
-        if not os.path.isfile(os.path.join(source, "config.json")):
-            raise ValueError(f"{source!r} is not a checkpoint: it holds no config.json")
-    elif os.path.exists(source):
-        raise ValueError(f"{source!r} is a file; give the checkpoint's directory")
-    elif isinstance(path_or_name, Path) or source.startswith((".", "/")) or source.count("/") > 1 or not source:
-        raise ValueError(f"no such directory: {source!r}")
-    return source
-
-
-def _model_class(config: transformers.PretrainedConfig, trust_remote_code: bool):
-    remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    for name in () if remote else config.architectures or ():
-        if named := getattr(transformers, name, None):
-            return named
-    return transformers.AutoModelForCausalLM
-
-
-def _in_one_line(what: str, path_or_name: str | Path, error: Exception) -> str:
-    remedy = "" if os.path.isdir(path_or_name) else "; give a local directory, or check the name and the network"
-    reason = " ".join(str(error).split())
-    return f"cannot load {what} {str(path_or_name)!r}: {reason.split('. ')[0].rstrip('.')}{remedy}"
