@@ -9,6 +9,7 @@ from sparsekern.oneshot import prune
 from sparsekern.pattern import NM, Unstructured, as_pattern
 from sparsekern.permute import permute
 from sparsekern.plan import Plan, Unmeasured
+from sparsekern.text import read_calibration
 
 __version__ = "0.1.0"
 
@@ -34,5 +35,6 @@ __all__ = [
     "measure",
     "permute",
     "prune",
+    "read_calibration",
     "sparsify",
 ]

@@ -1,7 +1,4 @@
-"""Text read, tokenised once and cut into windows; what cannot be read is refused in one line."""
-
-import sys
-import types
+"""Text as tokens and windows of them; what cannot be read is refused in one line."""
 
 import pytest
 import torch
@@ -9,67 +6,87 @@ import torch
 from sparsekern import text
 
 
-def test_a_local_file_is_read_as_utf8(tmp_path):
-    (tmp_path / "a b.txt").write_text("grüße\n\nzwei", encoding="utf-8")
-    assert text.read_text(tmp_path / "a b.txt") == text.read_text(str(tmp_path / "a b.txt")) == "grüße\n\nzwei"
+class Letters:
+    """A tokenizer whose tokens are letters, and 0 for the start and 1 for the end."""
+
+    chat_template = "set"
+
+    def __call__(self, text, verbose, add_special_tokens=True):
+        letters = [ord(letter) for letter in text]
+        return {"input_ids": [0, *letters, 1] if add_special_tokens else letters}
+
+    def apply_chat_template(self, chat, tokenize):
+        assert tokenize is False
+        return "".join(f"<{message['content']}>" for message in chat)
 
 
-def test_what_is_no_text_is_refused(tmp_path):
+def spelled(tokens):
+    return "".join(chr(token) if token > 1 else "^$"[token] for token in tokens.tolist())
+
+
+def test_a_source_without_text_is_refused(tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
-    (tmp_path / "binary.txt").write_bytes(b"ab\xff\xfe")
-    for source, message in (
-        (tmp_path / "missing", "no such file: '/"),
-        ("missing.txt", r"no such file: 'missing\.txt'"),
-        (tmp_path, "is not a file"),
-        (tmp_path / "empty.txt", "holds no text"),
-        (tmp_path / "binary.txt", "is not UTF-8 text: invalid start byte at byte 2"),
-    ):
-        with pytest.raises(ValueError, match=message):
+    (tmp_path / "empty.jsonl").write_text('\n{"text": " "}\n')
+    for source in (tmp_path / "empty.txt", str(tmp_path / "empty.jsonl")):
+        with pytest.raises(ValueError, match="empty.* holds no text$"):
             text.read_text(source)
+        with pytest.raises(ValueError, match="empty.* holds no text$"):
+            text.read_tokens(source, Letters())
+    with pytest.raises(ValueError, match="^calibration holds no text$"):
+        text.read_tokens([], Letters())
 
 
-@pytest.fixture
-def datasets(monkeypatch):
-    """A stand-in for the datasets library that records what it was asked for."""
+def test_a_short_text_is_tokenised_in_one_piece():
+    assert spelled(text.read_tokens(["one", "two"], Letters())) == "^one\n\ntwo$"
+
+
+def test_a_long_text_is_cut_at_lines_or_words_and_only_its_beginning_gets_special_tokens(monkeypatch):
+    monkeypatch.setattr(text, "PIECE", 8)
+    seen = []
+    tokens = text.read_tokens(["a b\nc d\ne fghi", "jkl mnopqrstuvwxyz", "."], Letters(), progress=seen.append)
+    assert spelled(tokens) == "^a b\nc d\n$e fghi\n\njkl mnopqrstuvwxyz\n\n."
+    assert seen == sorted(seen)
+    assert seen[-1] == len(tokens)
+    assert len(seen) > 3
+
+
+def test_chats_have_their_special_tokens_already():
+    chats = [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]]
+    assert spelled(text.read_tokens(chats, Letters())) == "<a><b>"
+
+
+def test_a_tokenizer_without_a_chat_template_reads_no_chats():
+    tokenizer = Letters()
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="holds a chat, and the tokenizer has no chat template"):
+        text.read_tokens([[{"role": "user", "content": "a"}]], tokenizer)
+
+
+def test_no_more_is_read_than_the_tokens_asked_for(monkeypatch):
+    monkeypatch.setattr(text, "PIECE", 8)
     asked = []
 
-    class Rows(dict):
-        column_names = property(lambda self: list(self))
+    def endless():
+        while True:
+            asked.append("abcdef")
+            yield "abcdef"
 
-    def load_dataset(name, config, split):
-        asked.append((name, config, split))
-        if name == "missing":
-            raise FileNotFoundError("Dataset 'missing' doesn't exist on the Hub or cannot be accessed.")
-        return Rows(label=[1, 2]) if name == "labels" else Rows(text=["one", "two"])
-
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    return asked
+    assert len(text.read_tokens(endless(), Letters(), at_most=20)) == 20
+    assert len(asked) < 9
 
 
-def test_a_datasets_rows_are_joined_by_blank_lines(datasets):
-    assert text.read_text("org/wiki:small:test") == "one\n\ntwo"
-    assert text.read_text("wiki") == "one\n\ntwo"
-    assert datasets == [("org/wiki", "small", "test"), ("wiki", None, "train")]
-
-
-def test_a_dataset_that_cannot_be_used_is_refused_in_one_line(datasets):
-    with pytest.raises(
-        ValueError, match="^cannot load dataset 'missing': Dataset 'missing' doesn't exist .*; give a local"
-    ):
-        text.read_text("missing")
-    with pytest.raises(ValueError, match="^dataset 'labels' has no column \"text\", only label$"):
-        text.read_text("labels")
-
-
-def test_without_the_datasets_library_the_remedy_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match="^'wiki' is no local file, and .* pip install datasets$"):
-        text.read_text("wiki")
+def test_calibration_is_windows_of_a_sources_tokens():
+    texts = ["".join(chr(100 + number) for number in range(100))]
+    batches = text.read_calibration(texts, Letters(), samples=5, seqlen=7, seed=3)
+    assert [batch.shape for batch in batches] == [(1, 7)] * 5
+    tokens = text.read_tokens(texts, Letters())
+    want = text.windows(tokens, 7, 5, seed=3)
+    assert all(torch.equal(batch, other) for batch, other in zip(batches, want, strict=True))
 
 
 def test_the_whole_text_becomes_one_row_of_tokens():
-    tokens = text.tokenize(lambda text, verbose: {"input_ids": [ord(letter) for letter in text]}, "abc")
-    assert torch.equal(tokens, torch.tensor([97, 98, 99]))
+    tokens = text.tokenize(Letters(), "abc")
+    assert torch.equal(tokens, torch.tensor([0, 97, 98, 99, 1]))
     assert tokens.dtype == torch.long
 
 

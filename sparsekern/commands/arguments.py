@@ -6,6 +6,7 @@ import torch
 import typer
 
 from sparsekern import hf, text
+from sparsekern.commands.output import progress_bar
 
 SEQLEN = 2048  # what published perplexities are measured at
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -38,4 +39,12 @@ def window(model, seqlen: int | None) -> int:
 
 
 def tokens_of(tokenizer, source: str) -> torch.Tensor:
+    """All of a text, tokenised in one piece: what perplexity is measured on."""
     return text.tokenize(tokenizer, text.read_text(source))
+
+
+def calibration_of(tokenizer, source: str, samples: int, seqlen: int, seed: int) -> list[torch.Tensor]:
+    with progress_bar("calibration text") as update:
+        return text.read_calibration(
+            source, tokenizer, samples, seqlen, seed, lambda count: update(count, None, f"{count:,} calibration tokens")
+        )

@@ -13,7 +13,12 @@ EXAMPLE = "`sparsekern eval OUT --text heldout.txt`"
 
 def command(
     model: Model,
-    text_source: Annotated[str, typer.Option("--text", help="text file, or dataset name[:config[:split]]")],
+    text_source: Annotated[
+        str,
+        typer.Option(
+            "--text", help="text.txt, data.jsonl, data.parquet[:column], or dataset name[:config[:split[:column]]]"
+        ),
+    ],
     seqlen: Seqlen = None,
     dtype: Dtype = "auto",
     as_json: AsJson = False,

@@ -29,8 +29,12 @@ def print_result(result: Any, as_json: bool, tables: Callable[[Any], list[Any]])
 
 @contextmanager
 def progress_bar(description: str) -> Iterator[Callable[..., None]]:
-    """A progress bar on standard error: yields what to call with the number done, the number of all, and what."""
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    """A progress bar on standard error: yields what to call with the number done, the number of all, and what.
+
+    Where standard error is a file or a pipe there is none: it would leave empty lines there.
+    """
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(description, total=None)
         yield lambda done, all, what=None: bar.update(task, completed=done, total=all, description=what)
 

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from sparsekern import doctor, hf, text
+from sparsekern import doctor, documents, hf
 from sparsekern.allocation import CANDIDATES, allocate
 from sparsekern.card import model_card
-from sparsekern.commands.arguments import AsJson, Dtype, Model, Seqlen, load, tokens_of, window
+from sparsekern.commands.arguments import AsJson, Dtype, Model, Seqlen, calibration_of, load, tokens_of, window
 from sparsekern.commands.output import measured_perplexity, print_result
 from sparsekern.finishing import Finish
 from sparsekern.measure import Perplexity
@@ -31,7 +31,10 @@ EXAMPLE = "`sparsekern prune MODEL --pattern 2:4 --calibration text.txt -o OUT`"
 def command(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="directory to write; must not exist")],
-    calibration: Annotated[str | None, typer.Option(help="text file, or dataset name[:config[:split]]")] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="text.txt, data.jsonl, data.parquet[:column], or dataset name[:config[:split[:column]]]"),
+    ] = None,
     method: Annotated[str, typer.Option(help=" | ".join(METHODS))] = "admm",
     pattern: Annotated[str, typer.Option(help='"2:4", any N:M, or a sparsity: 0.5, "60%"')] = "2:4",
     scope: Annotated[
@@ -84,12 +87,12 @@ def command(
     needing |= {"--permute": permute, f"--allocation {allocation}": allocation != "uniform"}
     if calibration is None and any(needing.values()):
         what = next(what for what, asked in needing.items() if asked)
-        raise ValueError(f"{what} needs --calibration: a text file or a dataset name")
+        raise ValueError(f"{what} needs --calibration: a file of text, .jsonl or .parquet, or a dataset name")
     source = load(model, dtype)
     tokenizer, seqlen = hf.tokenizer(model), window(source, seqlen)
     batches = None
     if calibration is not None:
-        batches = text.windows(tokens_of(tokenizer, calibration), seqlen, samples, seed)
+        batches = calibration_of(tokenizer, calibration, samples, seqlen, seed)
     test = tokens_of(tokenizer, heldout) if heldout is not None else None
     # refuses what prune() would, before anything takes its time
     planned = preview(source, wanted, skip or [], settings)
@@ -110,7 +113,9 @@ def command(
     if perplexity is not None:
         perplexity["after"] = measured_perplexity(source, test, seqlen, "pruned perplexity")
 
-    described = f"{samples} windows of {seqlen} tokens of {_name(calibration)}, seed {seed}" if batches else "none"
+    described = (
+        f"{samples} windows of {seqlen} tokens of {documents.title(calibration)}, seed {seed}" if batches else "none"
+    )
     facts = _provenance(model)
     command = shlex.join(["sparsekern", *sys.argv[1:]])
     figures = None if perplexity is None else {name: value.to_json() for name, value in perplexity.items()}
