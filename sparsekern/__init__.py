@@ -2,7 +2,9 @@
 
 from sparsekern.allocation import allocate
 from sparsekern.finishing import Finish
+from sparsekern.fixed_masks import FixedMasks
 from sparsekern.linear import SparseLinear, densify, sparsify
+from sparsekern.lottery import Ticket, find_ticket
 from sparsekern.measure import measure
 from sparsekern.methods import ADMM, GPTQ, OBD, OBS, LayerOBD, Magnitude, Refine, SparseGPT, Wanda
 from sparsekern.oneshot import prune
@@ -16,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ADMM",
     "Finish",
+    "FixedMasks",
     "GPTQ",
     "NM",
     "OBD",
@@ -26,12 +29,14 @@ __all__ = [
     "Refine",
     "SparseGPT",
     "SparseLinear",
+    "Ticket",
     "Unmeasured",
     "Unstructured",
     "Wanda",
     "allocate",
     "as_pattern",
     "densify",
+    "find_ticket",
     "measure",
     "permute",
     "prune",

@@ -107,7 +107,7 @@ class FixedMasks:
         Several optimizers may share a model. Returns self. Raises ValueError when the optimizer holds none of the
         masked parameters, and for an LBFGS that has stepped already: its directions are of unpruned steps.
         """
-        optimizer = _innermost(optimizer)
+        optimizer = innermost(optimizer)
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if not any(id(parameter) in held for parameter in self._parameters.values()):
             raise ValueError(
@@ -188,8 +188,8 @@ class FixedMasks:
                     state.masked_fill_(pruned, 0)
 
 
-def _innermost(optimizer: Optimizer) -> Optimizer:
-    """What a wrapper such as accelerate's steps in the end."""
+def innermost(optimizer: Optimizer) -> Optimizer:
+    """What a wrapper such as accelerate's steps in the end; an optimizer that wraps none comes back."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
     return optimizer

@@ -41,14 +41,16 @@ ARROWS = {
     "permute": {"channel_order", "channel_sites", "calibrate", "hf", "pattern", "stats"},
     "allocation": {"oneshot", "methods", "calibrate", "gradients", "batches", "hf", "pattern", "stats"},
     "fixed_masks": set(),
-    "lottery": {"pattern", "methods"},
+    "lottery_journal": {"publish"},
+    "training": {"fixed_masks", "lottery_journal"},
+    "lottery": {"pattern", "methods", "fixed_masks", "lottery_journal", "training"},
     "plan": {"formats", "ops", "measure", "timing"},
     "linear": {"formats", "ops", "measure", "plan"},
     "checkpoint": {"formats", "linear", "hf"},
 }
 # the two halves meet in an ordinary nn.Linear whose weight holds zeros, and nowhere else
 PRUNE = {"batches", "calibrate", "experts", "gradients", "methods", "oneshot", "lottery", "permute", "allocation"} | {
-    "fixed_masks"
+    *("fixed_masks", "lottery_journal", "training")
 }
 RUN = {"formats", "linear", "plan"}
 # commands and what they are made of: they may import everything, and of the rest only each other imports them
