@@ -1,6 +1,5 @@
 """find_ticket: what the papers say of a ticket, what a killed search gives, and which training functions it refuses."""
 
-import copy
 import hashlib
 import json
 import random
@@ -18,41 +17,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparsekern.lottery import find_ticket, shrink
+from tests.recorder import STEPS, Recorder, model
 
 ROOT = Path(__file__).parents[1]
-STEPS = 6
-
-
-def model(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
-
-
-class Recorder:
-    """A training function that keeps what it was handed, and what it left."""
-
-    def __init__(self, steps=STEPS, optimizer=lambda p: torch.optim.Adam(p, 0.05, weight_decay=0.01)):
-        self.steps, self.optimizer = steps, optimizer
-        self.handed, self.after, self.left, self.masks = [], [], [], []
-
-    def __call__(self, net, training):
-        self.handed.append(copy.deepcopy(net.state_dict()))
-        self.masks.append(training.masks)
-        optimizer = self.optimizer(net.parameters())
-        training.attach(optimizer)
-        for step in range(training.start, self.steps):
-            generator = torch.Generator().manual_seed(step)
-            x = torch.randn(8, 5, generator=generator)
-            optimizer.zero_grad()
-            F.cross_entropy(net(x + 0.1 * torch.randn(8, 5)), (x[:, 0] > 0).long() + (x[:, 1] > 0)).backward()
-            optimizer.step()
-            if training.round == 0:
-                self.after.append(copy.deepcopy(net.state_dict()))
-            for name, kept in training.masks.items():
-                pruned = net.get_parameter(name)[~kept]
-                assert ((pruned == 0) & ~pruned.signbit()).all()
-        self.left.append(copy.deepcopy(net.state_dict()))
-        return {"weight": net[0].weight[0, 0].item()}
 
 
 def equal(a, b):
@@ -242,8 +209,8 @@ def test_a_recorded_search_is_read_back_and_goes_on_to_more_rounds(tmp_path):
 KILL = """
 import os, signal, sys, time
 import torch
-sys.path.insert(0, {tests!r})
-from test_lottery import Recorder, model
+sys.path.insert(0, {root!r})
+from tests.recorder import Recorder, model
 from sparsekern.lottery import find_ticket
 
 def search(directory, rounds_until_killed=None, delay=0.0):
@@ -282,7 +249,7 @@ def files(directory):
 
 def test_a_killed_search_goes_on_bit_for_bit(tmp_path):
     """Killed three times, at other moments, and then left to finish. The children are forked before torch does work."""
-    script = KILL.format(tests=str(ROOT / "tests"), directory=str(tmp_path))
+    script = KILL.format(root=str(ROOT), directory=str(tmp_path))
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert ran.returncode == 0, ran.stderr
     whole, *killed, last = (line.split() for line in ran.stdout.splitlines())
@@ -338,90 +305,6 @@ def test_damaged_records_are_refused(tmp_path):
     journal.write_text("[]")
     with pytest.raises(ValueError, match="is no journal of a search for a ticket"):
         search()
-
-
-def spoilt(change):
-    """Recorder with something done to the model before the optimizer is made."""
-
-    def train(net, training):
-        change(net)
-        return Recorder()(net, training)
-
-    return train
-
-
-def replace_weight(net):
-    net[0].weight = nn.Parameter(torch.randn(7, 5))
-
-
-def test_a_training_function_that_spoils_the_experiment_is_refused():
-    used = torch.optim.Adam(model().parameters())
-
-    def remembers(net, training):
-        used.param_groups[0]["params"] = list(net.parameters())
-        training.attach(used)
-        for parameter in net.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        used.step()
-
-    def writes_afterwards(net, training):
-        Recorder()(net, training)
-        with torch.no_grad():
-            net[0].weight *= 0.01
-            net[0].weight += 0.001
-
-    def steps_another(net, training):
-        training.attach(torch.optim.SGD(net.parameters(), 0.1))
-        optimizer = torch.optim.SGD(net.parameters(), 0.1)
-        F.cross_entropy(net(torch.randn(3, 5)), torch.arange(3)).backward()
-        optimizer.step()
-
-    def half_the_model(net, training):
-        return Recorder(optimizer=lambda _: torch.optim.SGD(net[0].parameters(), 0.1))(net, training)
-
-    def replaces_afterwards(net, training):
-        Recorder()(net, training)
-        replace_weight(net)
-
-    def diverges(net, training):
-        Recorder()(net, training)
-        with torch.no_grad():
-            net[2].weight[0, 0] = torch.nan
-
-    cases = {
-        "round 0: train attached no optimizer; call training.attach": lambda net, training: None,
-        "round 0: the weights were changed before the optimizer was attached": spoilt(
-            lambda net: net[0].reset_parameters()
-        ),
-        "weight is another tensor than the one that was masked|weights were changed before": spoilt(replace_weight),
-        r"0\.weight is another tensor than the one that was masked": replaces_afterwards,
-        "round 1: the optimizer has stepped before, and its momentum belongs to other weights": remembers,
-        r"0\.weight: \d+ of \d+ pruned weights are not \+0\.0": writes_afterwards,
-        "round 0: the attached optimizer took no step": steps_another,
-        r"round 0: 2\.weight is in no attached optimizer": half_the_model,
-        r"2\.weight holds 1 NaN or infinite weights after round 0; training diverged": diverges,
-        "train must return a mapping of metrics or None, got float": lambda *given: Recorder()(*given) and 1.5,
-        "train must return finite numbers": lambda *given: Recorder()(*given) and {"loss": float("nan")},
-    }
-    for message, train in cases.items():
-        with pytest.raises(ValueError, match=message):
-            find_ticket(model(seed=3), train, rounds=1)
-
-
-def test_rewinding_that_training_does_not_follow_is_refused():
-    def from_the_start(net, training):
-        optimizer = torch.optim.SGD(net.parameters(), 0.1)
-        training.attach(optimizer)
-        for _ in range(STEPS):
-            F.cross_entropy(net(torch.randn(3, 5)), torch.arange(3)).backward()
-            optimizer.step()
-
-    with pytest.raises(ValueError, match=r"round 1: train did not read training\.start, which is 2"):
-        find_ticket(model(), from_the_start, rounds=1, rewind_step=2)
-    with pytest.raises(ValueError, match=f"round 1: the attached optimizer took no step after step {STEPS}"):
-        find_ticket(model(), Recorder(), rounds=1, rewind_step=STEPS)
-    with pytest.raises(ValueError, match=f"round 0: train took {STEPS} steps, and rewind_step is {STEPS + 1}"):
-        find_ticket(model(), Recorder(), rounds=1, rewind_step=STEPS + 1)
 
 
 def test_settings_that_make_no_sense_are_refused():
