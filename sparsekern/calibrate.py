@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern import hf
-from sparsekern.batches import Batch, Padding, map_tensors, read_batches
+from sparsekern.batches import Batch, Padding, by_name, map_tensors, read_batches
 from sparsekern.experts import Expert, RoutedTokens, borrow
 from sparsekern.finishing import Call, first_tensor
 
@@ -213,7 +213,7 @@ class Walk:
                 target = dense[trace.block.stack, number] = self._forward(number, trace, done, dense)
                 if called is not None:
                     padding = Padding(self._batches[number])
-                    padding.enter(_by_name(trace.block.module, *called))
+                    padding.enter(by_name(trace.block.module, *called))
                     calls.append(Call(*called, first_tensor(target), padding.removed))
         return calls
 
@@ -339,7 +339,7 @@ def _watched(
     def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
         nonlocal running
         running = True
-        enter(_by_name(module, args, kwargs))
+        enter(by_name(module, args, kwargs))
 
     def after(module: nn.Module, args: tuple, output: Any) -> None:
         nonlocal running
@@ -377,14 +377,6 @@ def _returning(module: nn.Module, output: Any) -> Iterator[None]:
         del module.forward
         if own is not None:
             module.forward = own
-
-
-def _by_name(module: nn.Module, args: tuple, kwargs: dict) -> Mapping[str, Any]:
-    try:
-        return inspect.signature(module.forward).bind(*args, **kwargs).arguments
-    except TypeError:
-        # a decorated forward may take more than it says
-        return {**{str(position): value for position, value in enumerate(args)}, **kwargs}
 
 
 def _fingerprint(value: Any) -> Any:

@@ -100,20 +100,21 @@ def gradient(layer: Layer) -> Tensor:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """While open: eval mode, no gradients, no cache of keys and values, experts one by one; as before afterwards."""
     training = {module: module.training for module in model.modules()}
-    config = getattr(model, "config", None)
-    use_cache = getattr(config, "use_cache", None)
+    # a model of several has a config for each, and the outermost may have no say in what the others cache
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    cached = [(config, use) for config in configs.values() if (use := getattr(config, "use_cache", None)) is not None]
     # inference mode would hide whether a tensor was written to
     with torch.inference_mode(False), torch.no_grad(), one_by_one(model):
         try:
             model.eval()
-            if use_cache is not None:
+            for config, _ in cached:
                 config.use_cache = False
             yield
         finally:
             for module, mode in training.items():
                 module.training = mode
-            if use_cache is not None:
-                config.use_cache = use_cache
+            for config, use in cached:
+                config.use_cache = use
 
 
 def facts(model: nn.Module) -> dict[str, str | int]:

@@ -137,7 +137,7 @@ def test_a_finished_model_is_closer_to_the_dense_one():
         assert int((hf.weight(layer) == 0).sum()) == int((hf.weight(dict(hf.layers(finished))[name]) == 0).sum())
 
 
-@pytest.mark.parametrize("name", tiny_models.MODELS)
+@pytest.mark.parametrize("name", tiny_models.MODELS | tiny_models.MULTIMODAL)
 def test_blocks_of_every_architecture_can_be_finished(name):
     model = tiny_models.make(name)
     report = sk.prune(model, sk.Wanda(), 0.5, tiny_models.batches(name), finish=Finish(epochs=1))

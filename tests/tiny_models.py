@@ -1,6 +1,7 @@
 """Tiny models with random weights, one function an architecture; nothing is downloaded.
 
-MODELS names them all; batches(name) makes what their forward takes, each batch of another length where it can be.
+MODELS and MULTIMODAL name them all; batches(name) makes what their forward takes, each batch of another length where
+it can be.
 """
 
 import torch
@@ -243,6 +244,53 @@ def whisper() -> nn.Module:
     return transformers.WhisperForConditionalGeneration(config)
 
 
+IMAGES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 8,
+}
+
+
+def clip() -> nn.Module:
+    config = transformers.CLIPConfig(text_config=SIZES, vision_config=IMAGES, projection_dim=16)
+    return transformers.CLIPModel(config)
+
+
+def blip() -> nn.Module:
+    """Its text decoder attends to the image's tokens."""
+    text = SIZES | {"encoder_hidden_size": 32, "sep_token_id": 2}
+    return transformers.BlipForConditionalGeneration(transformers.BlipConfig(text_config=text, vision_config=IMAGES))
+
+
+def llava() -> nn.Module:
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**SHARED_HEADS),
+        vision_config=transformers.CLIPVisionConfig(**IMAGES),
+        image_token_id=VOCABULARY - 1,
+        image_token_index=VOCABULARY - 1,
+        vision_feature_layer=-1,
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def wav2vec2() -> nn.Module:
+    config = transformers.Wav2Vec2Config(
+        **{key: SIZES[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")},
+        num_hidden_layers=2,
+        num_feat_extract_layers=2,
+        conv_dim=(8, 8),
+        conv_stride=(5, 2),
+        conv_kernel=(10, 3),
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        **TOKENS,
+    )
+    return transformers.Wav2Vec2ForCTC(config)
+
+
 MODELS = {
     model.__name__: model
     for model in (
@@ -251,12 +299,14 @@ MODELS = {
         *(mamba2, falcon_h1, t5, whisper),
     )
 }
+# of images or sound, some with a text beside; not all have logits
+MULTIMODAL = {model.__name__: model for model in (clip, blip, llava, wav2vec2)}
 
 
 def make(name: str) -> nn.Module:
     """The model `name` with the same random weights each time, in eval mode."""
     torch.manual_seed(0)
-    return MODELS[name]().eval()
+    return (MODELS | MULTIMODAL)[name]().eval()
 
 
 def batches(name: str, count: int = 3) -> list[Tensor | dict[str, Tensor]]:
@@ -277,4 +327,15 @@ def batches(name: str, count: int = 3) -> list[Tensor | dict[str, Tensor]]:
         return [{"input_features": noise(8, 20), "decoder_input_ids": ids(n)} for n in lengths]
     if name == "t5":
         return [{"input_ids": ids(n), "decoder_input_ids": ids(n - 4)} for n in lengths]
+    if name in ("clip", "blip"):
+        # as many tokens as patches with their class token, so that no shape tells them apart
+        return [{"input_ids": ids(5), "pixel_values": noise(3, 16, 16)} for _ in lengths]
+    if name == "llava":
+        image, most = torch.full((2, 4), VOCABULARY - 1), VOCABULARY - 2
+        return [
+            {"input_ids": torch.cat([image, ids(n).clamp(max=most)], dim=1), "pixel_values": noise(3, 16, 16)}
+            for n in lengths
+        ]
+    if name == "wav2vec2":
+        return [{"input_values": noise(40 * n)} for n in lengths]
     return [ids(n) for n in lengths]
