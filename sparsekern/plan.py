@@ -6,27 +6,34 @@ How the rest of the package uses it:
     decision = plan.decide(packed, weight, tokens=(1,))  # packed: a format; weight: dense [out_features, in_features]
     decision.kernel                                      # "cpu": the name of a kernel; None: the layer stays dense
     decision.reason                                      # "cpu is 1.72x (1.65–1.80) F.linear at 1 token"
-    plan.to_json(); Plan.from_json(data)                 # what was measured is not measured again
+    plan.save(path); plan = Plan.load(path)              # what was measured is not measured again
 
-Layers of one kind (format, shape, density to 5 %, dtype, device, threads, tokens) are measured once.
+Layers of one kind (format, shape, density to 5 %, dtype, device, threads, tokens) are measured once. A stored plan is
+for the machine, the number of threads and the versions that it was measured with, and is refused by any other.
 """
 
 import itertools
+import json
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsekern.formats import Bitmap, SemiStructured
-from sparsekern.measure import weight_bytes
-from sparsekern.ops import LINEAR_KERNELS
+from sparsekern.measure import machine, weight_bytes
+from sparsekern.ops import LINEAR_KERNELS, compiled
 from sparsekern.ops.kernel import Kernel, pick
 from sparsekern.timing import Json, Latency, Ratio, alternate, arena_bytes
 
 Packed = Bitmap | SemiStructured
 
+FORMAT_VERSION = 1
 DENSE = "F.linear"
 DENSITY_STEP = 0.05
 # a tiny layer would need thousands of copies to fill an arena
@@ -155,17 +162,59 @@ class Plan:
                 timed = alternate(variants, seconds=2 * self.seconds, device=weight.device)
             yield count, timed
 
-    def to_json(self) -> list[Json]:
-        """What json.dumps takes."""
-        return [{"kind": asdict(kind), **decision.to_json()} for kind, decision in self.decisions.items()]
+    def to_json(self) -> Json:
+        """What json.dumps takes: the decisions, and what they hold for."""
+        decisions = [{"kind": asdict(kind), **decision.to_json()} for kind, decision in self.decisions.items()]
+        return {"plan": "sparsekern", "format_version": FORMAT_VERSION, "machine": _here(), "decisions": decisions}
 
     @classmethod
-    def from_json(cls, data: Sequence[Mapping], seconds: float = 0.3, arena: int | None = None) -> "Plan":
+    def from_json(cls, data: Mapping, seconds: float = 0.3, arena: int | None = None) -> "Plan":
+        """Raises ValueError for what is no plan, and for one of another machine, threads or versions: measure anew."""
         plan = cls(seconds, arena)
-        for entry in data:
-            kind = Kind(**{**entry["kind"], "tokens": tuple(entry["kind"]["tokens"])})
-            plan.decisions[kind] = Decision.from_json(entry)
+        try:
+            if data["plan"] != "sparsekern" or data["format_version"] != FORMAT_VERSION:
+                raise ValueError(
+                    f"the plan's format_version is {data['format_version']!r}, this sparsekern reads {FORMAT_VERSION}"
+                )
+            # before anything else: another version may have written other decisions
+            _check_machine(data["machine"])
+            for entry in data["decisions"]:
+                kind = _kind(entry["kind"])
+                plan.decisions[kind] = _decision(kind, entry)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a plan: {type(error).__name__}: {error}") from error
+        _check_devices(plan.decisions)
         return plan
+
+    def save(self, path: str | Path) -> None:
+        """Write the decisions to a file, which is the old one or the whole new one at any moment."""
+        path = Path(path)
+        handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(self.to_json(), file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            # mkstemp's file is closed to everybody else
+            os.chmod(unfinished, 0o644)
+            os.replace(unfinished, path)
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(unfinished)
+
+    @classmethod
+    def load(cls, path: str | Path, seconds: float = 0.3, arena: int | None = None) -> "Plan":
+        """The plan of a file. Raises ValueError as from_json does, naming the file, and for a damaged one."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(f"no such plan: {str(path)!r}") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{str(path)!r}: not a plan: {error}") from error
+        try:
+            return cls.from_json(data, seconds, arena)
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r}: {error}") from error
 
 
 class Unmeasured:
@@ -238,3 +287,50 @@ def check_linear(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, who:
 def _refused(kernels: tuple[Kernel, ...], packed: Packed) -> str:
     reasons = ((kernel.name, kernel.refuses(packed)) for kernel in kernels)
     return "; ".join(f"{name}: {reason}" for name, reason in reasons if reason) or "no other is written"
+
+
+def _here() -> Json:
+    """What a decision depends on beyond the kind of layer."""
+    facts = machine()
+    cpu = compiled.cpu()
+    return {
+        "processor": facts["cpu"],
+        "instruction_set": cpu.isa() if cpu else None,
+        "threads": facts["threads"],
+        "torch": facts["torch"],
+        "sparsekern": facts["sparsekern"],
+        "abi": compiled.ABI,
+    }
+
+
+def _check_machine(stored: Mapping) -> None:
+    for name, here in _here().items():
+        if stored[name] != here:
+            raise ValueError(
+                f"the plan was measured with {name} {stored[name]!r}, here it is {here!r}; measure a new one: Plan()"
+            )
+
+
+def _check_devices(decisions: Mapping[Kind, Decision]) -> None:
+    here = {"cpu", *(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))}
+    if away := {kind.device for kind in decisions} - here:
+        raise ValueError(f"the plan was measured on {sorted(away)[0]!r}, which is not here; measure a new one: Plan()")
+
+
+def _kind(data: Mapping) -> Kind:
+    kind = Kind(**{**data, "tokens": tuple(data["tokens"])})
+    for name, wanted in Kind.__annotations__.items():
+        value = getattr(kind, name)
+        if type(value) is not (tuple if name == "tokens" else wanted):
+            raise ValueError(f"not a plan: {name} must be {wanted.__name__}, got {value!r}")
+    return kind
+
+
+def _decision(kind: Kind, data: Mapping) -> Decision:
+    decision = Decision.from_json(data)
+    kernels = [
+        kernel.name for format, named in LINEAR_KERNELS.items() if format.name == kind.format for kernel in named
+    ]
+    if decision.kernel is not None and decision.kernel not in kernels:
+        raise ValueError(f"not a plan: {kind.format} has no kernel {decision.kernel!r}, only {', '.join(kernels)}")
+    return decision

@@ -105,14 +105,114 @@ def test_layers_of_one_kind_are_measured_once_for_each_number_of_tokens(calls):
     assert len(calls) == 2 + 1 + 2
 
 
-def test_a_plan_read_from_json_measures_nothing_again(calls):
+@pytest.fixture
+def stored(calls, tmp_path):
+    """A file with one decision in it."""
     weight = a_weight()
     plan = Plan(arena=1 << 12)
-    decision = plan.decide(Bitmap.pack(weight), weight, tokens=(1,))
-    again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
-    assert again.decisions == plan.decisions
-    assert again.decide(Bitmap.pack(weight), weight, tokens=(1,)) == decision
-    assert len(calls) == 1
+    plan.decide(Bitmap.pack(weight), weight, tokens=(1,))
+    plan.save(tmp_path / "plan.json")
+    calls.clear()
+    return tmp_path / "plan.json"
+
+
+def test_a_plan_read_from_a_file_measures_nothing_again(stored, calls):
+    weight = a_weight()
+    plan = Plan.load(stored)
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))).decisions == plan.decisions
+    assert plan.decide(Bitmap.pack(weight), weight, tokens=(1,)) in plan.decisions.values()
+    assert not calls
+
+
+def test_a_plan_says_what_it_holds_for(stored):
+    machine = json.loads(stored.read_text())["machine"]
+    assert machine["processor"]
+    assert machine["threads"] == torch.get_num_threads()
+    assert machine["torch"] == torch.__version__
+    assert {"instruction_set", "sparsekern", "abi"} < machine.keys()
+
+
+@pytest.mark.parametrize(
+    ("fact", "value"),
+    [
+        ("processor", "another processor"),
+        ("instruction_set", "none"),
+        ("threads", 77),
+        ("torch", "2.0.0"),
+        ("sparsekern", "9.9"),
+        ("abi", -1),
+    ],
+)
+def test_a_plan_of_another_machine_is_refused_with_what_differs(stored, fact, value):
+    data = json.loads(stored.read_text())
+    data["machine"][fact] = value
+    stored.write_text(json.dumps(data))
+    with pytest.raises(
+        ValueError, match=rf"plan\.json': the plan was measured with {fact} {value!r}, here it is .*Plan\(\)"
+    ):
+        Plan.load(stored)
+
+
+def test_a_plan_of_a_card_that_is_not_here_is_refused(stored):
+    data = json.loads(stored.read_text())
+    data["decisions"][0]["kind"]["device"] = "NVIDIA X1"
+    with pytest.raises(ValueError, match="the plan was measured on 'NVIDIA X1', which is not here"):
+        Plan.from_json(data)
+
+
+def without(name):
+    return lambda data: data.pop(name)
+
+
+def kind_with(**changed):
+    return lambda data: data["decisions"][0]["kind"].update(changed)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without("machine"), "not a plan: KeyError: 'machine'"),
+        (without("plan"), "not a plan: KeyError: 'plan'"),
+        (lambda data: data.update(format_version=2), "the plan's format_version is 2, this sparsekern reads 1"),
+        (lambda data: data.update(decisions=7), "not a plan: TypeError"),
+        (lambda data: data["machine"].pop("torch"), "not a plan: KeyError: 'torch'"),
+        (kind_with(out_features="24"), "not a plan: out_features must be int, got '24'"),
+        (kind_with(tokens=3), "not a plan: TypeError"),
+        (kind_with(colour="red"), "not a plan: TypeError"),
+        (lambda data: data["decisions"][0].update(kernel="magic"), "bitmap has no kernel 'magic', only fast, "),
+        (lambda data: data["decisions"][0].pop("reason"), "not a plan: KeyError: 'reason'"),
+        (lambda data: data["decisions"][0]["times"].update({"x": 1}), "invalid literal for int"),
+    ],
+)
+def test_a_damaged_plan_is_refused_in_words(stored, damage, message):
+    data = json.loads(stored.read_text())
+    damage(data)
+    stored.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=rf"plan\.json': .*{message}"):
+        Plan.load(stored)
+
+
+@pytest.mark.parametrize("octets", [b"", b"{", b"\xff\xfe", b"[]", b"3", b"[" * 100_000], ids=repr)
+def test_a_file_that_is_no_plan_is_refused_in_words(tmp_path, octets):
+    (tmp_path / "plan.json").write_bytes(octets)
+    with pytest.raises(ValueError, match=r"plan\.json': not a plan: "):
+        Plan.load(tmp_path / "plan.json")
+    with pytest.raises(ValueError, match="no such plan: '.*missing'"):
+        Plan.load(tmp_path / "missing")
+
+
+def test_a_plan_is_written_whole_or_not_at_all(stored, monkeypatch):
+    before = stored.read_bytes()
+
+    def break_down(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("sparsekern.plan.os.fsync", break_down)
+    with pytest.raises(OSError, match="no space left"):
+        Plan().save(stored)
+    assert stored.read_bytes() == before
+    assert list(stored.parent.iterdir()) == [stored]
+    assert stored.stat().st_mode & 0o777 == 0o644
 
 
 def test_a_kernel_that_is_wrong_is_not_timed(calls, monkeypatch):
