@@ -1,6 +1,7 @@
 """sparsekern: prune a model, pack it, swap its Linear layers for sparse ones, and measure what became faster."""
 
 from sparsekern.allocation import allocate
+from sparsekern.checkpoint import load, save
 from sparsekern.finishing import Finish
 from sparsekern.fixed_masks import FixedMasks
 from sparsekern.linear import SparseLinear, densify, sparsify
@@ -37,9 +38,11 @@ __all__ = [
     "as_pattern",
     "densify",
     "find_ticket",
+    "load",
     "measure",
     "permute",
     "prune",
     "read_calibration",
+    "save",
     "sparsify",
 ]

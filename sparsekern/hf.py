@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from sparsekern.experts import Expert, UnreadableExpertsError, orientation
-from sparsekern.hf_files import fingerprint, load, quiet, save, skeleton, tokenizer
+from sparsekern.hf_files import fingerprint, load, quiet, save, skeleton, tokenizer, write_config
 
 __all__ = [
     "Layer",
@@ -35,6 +35,7 @@ __all__ = [
     "skeleton",
     "skipped",
     "tokenizer",
+    "write_config",
     "weight",
 ]
 

@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
+from transformers.dynamic_module_utils import custom_object_save
 
 from sparsekern.publish import publish
 
@@ -121,6 +122,23 @@ def save(model: nn.Module, tokenizer, directory: str | Path, files: Mapping[str,
             tokenizer.save_pretrained(unfinished)
         for name, content in files.items():
             (unfinished / name).write_text(content, encoding="utf-8")
+
+
+def write_config(model: nn.Module, directory: Path) -> bool:
+    """Write what save_pretrained writes beside the weights of a transformers model: configs, and its own code.
+
+    Returns False, and writes nothing, for any other model.
+    """
+    if not isinstance(model, transformers.PreTrainedModel):
+        return False
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    if model._auto_class is not None:
+        custom_object_save(model, directory, config=model.config)
+    model.config.save_pretrained(directory)
+    if model.can_generate():
+        model.generation_config.save_pretrained(directory)
+    return True
 
 
 def fingerprint(directory: str | Path) -> dict[str, str]:

@@ -71,6 +71,7 @@ class SparseLinear(nn.Module):
 
     def _adopt(self, packed: Packed, kernel: Kernel) -> None:
         self.kernel, self._run = kernel, kernel.run
+        self.kept, self.dtype = packed.values.numel(), packed.dtype
         operands = kernel.prepare(packed)
         self._operand_names = tuple(f"operand_{i}" for i in range(len(operands)))
         for name, operand in zip(self._operand_names, operands, strict=True):
@@ -179,32 +180,49 @@ def sparsify(
         if swapped is None:
             report.dense.append((name, reason))
             continue
-        _replace(model, name, swapped)
+        replace_module(model, name, swapped)
         kernel = {"format": swapped.format.name, "kernel": swapped.kernel.name}
         report.swapped.append({"name": name, **kernel, "reason": reason})
     return report
 
 
-def densify(model: nn.Module) -> None:
-    """Swap every SparseLinear of `model` back for nn.Linear with the same bits, in place; they require no gradient.
+def densify(model: nn.Module, layers: Iterable[str] | None = None) -> None:
+    """Swap SparseLinear layers of `model` back for nn.Linear with the same bits, in place; they require no gradient.
+
+    layers  their full names; None takes all
 
     Raises ValueError for a model that is itself one SparseLinear.
     """
     if isinstance(model, SparseLinear):
         raise ValueError("model is one SparseLinear and cannot be swapped in itself; its `weight` is the dense one")
     done: dict[int, nn.Linear] = {}
-    layers = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, SparseLinear)]
-    for name, module in layers:
+    wanted = None if layers is None else set(layers)
+    sparse = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, SparseLinear)]
+    for name, module in sparse:
+        if wanted is not None and name not in wanted:
+            continue
         if id(module) not in done:
             linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
             linear.weight = nn.Parameter(module.weight, requires_grad=False)
             if module.bias is not None:
                 linear.bias = nn.Parameter(module.bias, requires_grad=False)
             done[id(module)] = linear.train(module.training)
-        _replace(model, name, done[id(module)])
+        replace_module(model, name, done[id(module)])
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def as_served(packed: Packed) -> Packed:
+    """`packed`, or the same weight as a bitmap where that has a compiled kernel and `packed` has only the reference."""
+    if isinstance(packed, Bitmap) or pick(LINEAR_KERNELS[type(packed)], packed).name != "reference":
+        return packed
+    try:
+        repacked = Bitmap.pack(packed.to_dense())
+    except ValueError:
+        # a dtype that bitmaps do not have
+        return packed
+    return packed if pick(LINEAR_KERNELS[Bitmap], repacked).name == "reference" else repacked
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 

@@ -46,7 +46,11 @@ ARROWS = {
     "lottery": {"pattern", "methods", "fixed_masks", "lottery_journal", "training"},
     "plan": {"formats", "ops", "measure", "timing"},
     "linear": {"formats", "ops", "measure", "plan"},
-    "checkpoint": {"formats", "linear", "hf"},
+    "shards": set(),
+    "manifest": {"formats", "shards"},
+    "packing": {"formats", "manifest", "shards"},
+    "state": {"linear"},
+    "checkpoint": {"manifest", "packing", "shards", "state", "linear", "plan", "publish", "hf"},
 }
 # the two halves meet in an ordinary nn.Linear whose weight holds zeros, and nowhere else
 PRUNE = {"batches", "calibrate", "experts", "gradients", "methods", "oneshot", "lottery", "permute", "allocation"} | {

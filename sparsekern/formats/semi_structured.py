@@ -14,9 +14,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-# the six ways to choose two of four, as first | second << 2
-_VALID = torch.tensor([first | second << 2 for first in range(4) for second in range(first + 1, 4)])
-
 
 @dataclass(frozen=True, eq=False)
 class SemiStructured:
@@ -84,14 +81,26 @@ class SemiStructured:
         words = [len(self.values), -(-self.in_features // 16)]
         if self.metadata.dtype != torch.int16 or list(self.metadata.shape) != words:
             raise ValueError(f"metadata must be int16 {words}, got {self.metadata.dtype} {list(self.metadata.shape)}")
-        bits = self._groups()
-        wrong = ~torch.isin(bits, _VALID.to(self.device))
+        # two groups a byte: 4 + second - first - 1 keeps bit 2 where first < second, and borrows from no neighbour
+        pairs = self.metadata.contiguous().view(torch.uint8)
+        rising = ((((pairs >> 2) & 0x33) | 0x44) - (pairs & 0x33) - 0x11) & 0x44
+        wrong = rising != 0x44
         if wrong.any():
-            row, group = wrong.nonzero()[0].tolist()
-            first, second = int(bits[row, group] & 3), int(bits[row, group] >> 2)
+            row, byte = wrong.nonzero()[0].tolist()
+            group = 2 * byte + int(int(rising[row, byte]) & 4 != 0)
+            bits = int(pairs[row, byte]) >> 4 * (group % 2)
             raise ValueError(
-                f"positions must ascend: row {row}, columns {4 * group}..{4 * group + 3} have {first}, {second}"
+                f"positions must ascend: row {row}, columns {4 * group}..{4 * group + 3} have "
+                f"{bits & 3}, {bits >> 2 & 3}"
             )
+        if unused := -(self.in_features // 4) % 4:
+            # the last word's groups after the last input, as `pack` leaves them
+            padding = self.metadata[:, -1] >> 4 * (4 - unused) & (1 << 4 * unused) - 1
+            if (wrong := padding != 0x4444 >> 4 * (4 - unused)).any():
+                raise ValueError(
+                    f"positions after input {self.in_features - 1} must be 0, 1, got others in row "
+                    f"{int(wrong.nonzero()[0])}"
+                )
 
     def _groups(self) -> Tensor:
         """The 4 bits of each group [out_features, in_features / 4], int64."""

@@ -1,5 +1,6 @@
 """The 2:4 format: its layout written out by hand, round trips, and refused corruptions."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -99,3 +100,27 @@ def test_a_corrupted_weight_is_refused(change, reason):
     packed = SemiStructured.pack(pruned(3, 5))
     with pytest.raises(ValueError, match=reason):
         replace(packed, **change(packed)).validate()
+
+
+def test_of_all_words_exactly_those_are_valid_whose_positions_ascend():
+    words = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    groups = (words.int()[:, None] >> torch.tensor([0, 4, 8, 12])) & 15
+    valid = ((groups & 3) < (groups >> 2)).all(dim=1)
+    assert valid.sum() == 6**4
+    SemiStructured(torch.zeros(6**4, 8), words[valid][:, None], 16).validate()
+    for word in words[~valid][::97].tolist():
+        with pytest.raises(
+            ValueError, match=r"positions must ascend: row 1, columns \d+\.\.\d+ have (\d), (\d)"
+        ) as error:
+            SemiStructured(torch.zeros(2, 8), torch.tensor([[0x4444], [word]], dtype=torch.int16), 16).validate()
+        *_, column, first, second = map(int, re.findall(r"\d+", str(error.value)))
+        assert first >= second
+        bits = word >> (column - 3) & 15
+        assert (bits & 3, bits >> 2) == (first, second)
+
+
+def test_groups_after_the_last_input_must_be_as_they_are_packed():
+    packed = SemiStructured.pack(torch.zeros(2, 4))
+    packed.validate()
+    with pytest.raises(ValueError, match="positions after input 3 must be 0, 1, got others in row 1"):
+        SemiStructured(packed.values, torch.tensor([[0x4444], [0x4484]], dtype=torch.int16), 4).validate()

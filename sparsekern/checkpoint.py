@@ -1,0 +1,326 @@
+"""checkpoint: a model with its layers packed, on the disk and back; manifest.py says what lies there.
+
+What is packed is canonical (formats/), never a kernel's own order. -0.0 in a packed weight comes back as +0.0; every
+other bit is kept.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsekern import hf
+from sparsekern.linear import SparseLinear, as_served, densify, replace_module
+from sparsekern.manifest import (
+    CONFIG,
+    INDEX,
+    STEM,
+    Manifest,
+    Packed,
+    PackedLayer,
+    check_sums,
+    quantization_config,
+    read_manifest,
+    write_sums,
+)
+from sparsekern.packing import choose, pack, part_of
+from sparsekern.plan import Plan, Unmeasured
+from sparsekern.publish import publish
+from sparsekern.shards import DTYPES, NAMES, Part, Reader, Stored, in_order, read_json, write
+from sparsekern.state import Slot, fill, slots, tied
+
+SHARD_BYTES = 4_000_000_000
+
+
+@dataclass
+class SaveReport:
+    """What save() wrote: `packed` layers as config.json has them, `dense` linear layers with the reason, bytes of both.
+
+    bytes        of every tensor as it is stored
+    dense_bytes  what they would take unpacked
+    """
+
+    packed: dict[str, dict[str, Any]] = field(default_factory=dict)
+    dense: list[tuple[str, str]] = field(default_factory=list)
+    bytes: int = 0
+    dense_bytes: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.packed)} layers packed, {len(self.dense)} linear layers stay dense: "
+            f"{self.dense_bytes:,} -> {self.bytes:,} bytes ({self.dense_bytes / max(self.bytes, 1):.2f}x smaller)"
+        )
+
+
+def save(
+    model: nn.Module,
+    directory: str | Path,
+    tokenizer=None,
+    *,
+    files: Mapping[str, str] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> SaveReport:
+    """Write `model` as a compressed checkpoint, of transformers or any other nn.Module.
+
+    tokenizer    or processor, saved beside the model
+    files        name -> text, written beside them: README.md is the model's card
+    shard_bytes  at most so many a file, or one tensor where that is more
+
+    SparseLinear layers are packed as they are; nn.Linear layers that hold zeros as 2:4 where that holds, else as a
+    bitmap, and stay dense where packing does not pay or their weight is tied. A tensor at a time is packed and written.
+    The directory appears by one rename, synced, complete or not at all. Raises FileExistsError when it exists already
+    and ValueError for a model that cannot be stored: on the meta device, quantised otherwise, or with adapters on it.
+    """
+    layers, parts, report = _pack(model)
+    with publish(directory) as unfinished:
+        if not hf.write_config(model, unfinished):
+            (unfinished / CONFIG).write_text(json.dumps({"architectures": [type(model).__name__]}), encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(unfinished)
+        for name, content in (files or {}).items():
+            (unfinished / name).write_text(content, encoding="utf-8")
+        write_compressed(unfinished, layers, parts, shard_bytes)
+    return report
+
+
+def write_compressed(
+    directory: Path, layers: Mapping[str, PackedLayer], parts: Iterable[Part], shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write the shards and their index, complete config.json, and sum every file that is there: the last step."""
+    index = write(directory, STEM, parts, shard_bytes)
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    config = read_json(directory / CONFIG) | {"quantization_config": quantization_config(layers)}
+    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_sums(directory)
+
+
+@dataclass
+class VerifyReport:
+    """What verify() found to be true.
+
+    layers       the packed layers as config.json has them
+    tensors      how many tensors are stored
+    bytes        of every tensor as it is stored
+    dense_bytes  what they would take unpacked
+    sha256       of each file, by name; empty when hashes were not asked for
+    """
+
+    directory: str
+    layers: dict[str, dict[str, Any]]
+    tensors: int
+    bytes: int
+    dense_bytes: int
+    sha256: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        hashes = f"{len(self.sha256)} files match SHA256SUMS" if self.sha256 else "hashes were not checked"
+        return (
+            f"{self.directory}: {self.tensors} tensors, {len(self.layers)} packed layers, {self.bytes:,} bytes "
+            f"({self.dense_bytes / max(self.bytes, 1):.2f}x smaller than dense); {hashes}"
+        )
+
+
+def verify(directory: str | Path, hashes: bool = True) -> VerifyReport:
+    """Check everything that a compressed checkpoint says, tensor by tensor, without building the model.
+
+    hashes  also every file against SHA256SUMS
+
+    Raises ValueError, naming file, tensor, rule and value, for the first thing that is not true.
+    """
+    manifest = read_manifest(directory)
+    digests = check_sums(manifest.directory) if hashes else {}
+    with Reader() as reader:
+        for name in manifest.layers:
+            manifest.packed(name, reader)
+            for stored in manifest.fields(name).values():
+                reader.forget(stored)
+    layers = {name: layer.to_json() for name, layer in manifest.layers.items()}
+    stored = sum(stored.nbytes for stored in manifest.tensors.values())
+    return VerifyReport(str(directory), layers, len(manifest.tensors), stored, _dense_bytes(manifest), digests)
+
+
+def load(
+    directory: str | Path,
+    *,
+    into: nn.Module | None = None,
+    hashes: bool = True,
+    tokens: Iterable[int] = (1,),
+    plan: Plan | Unmeasured | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """The model of a compressed checkpoint, its packed layers as SparseLinear.
+
+    into    a module of the same class to fill; None builds the model of transformers that config.json names
+    hashes  first check every file against SHA256SUMS
+    plan    what decides, with its measurements, which layers are faster packed at `tokens`; the others become nn.Linear
+            again. None leaves all packed
+    dtype   of the weights; None keeps the checkpoint's own
+
+    Raises ValueError, naming file, tensor, rule and value, when anything in the checkpoint is not true.
+    """
+    if into is not None:
+        model = read_into(into, directory, hashes=hashes)
+        model = model if dtype is None else model.to(dtype)
+    else:
+        manifest = read_manifest(directory)
+        if hashes:
+            check_sums(manifest.directory)
+        model = hf.load(directory, dtype=dtype)
+    if plan is not None:
+        sparse = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+        slower = [n for n, m in sparse.items() if plan.decide(m.packed, m.weight, tuple(tokens)).kernel is None]
+        densify(model, slower)
+    return model
+
+
+def read_into(model: nn.Module, directory: str | Path, *, hashes: bool = True) -> nn.Module:
+    """Fill `model`, any nn.Module of the class that was saved, on any device; nn.Linear becomes SparseLinear.
+
+    Each tensor takes the dtype that it was saved in. Every name and shape is compared, and every packed layer checked,
+    before anything in `model` changes. Raises ValueError naming what does not fit.
+    """
+    manifest = read_manifest(directory)
+    if hashes:
+        check_sums(manifest.directory)
+    found = slots(model)
+    wanted = _fit(model, manifest, found)
+    sparse: dict[str, SparseLinear] = {}
+    with Reader() as reader:
+        for name in manifest.layers:
+            bias = manifest.tensors.get(f"{name}.bias")
+            sparse[name] = _sparse_linear(model.get_submodule(name), manifest.packed(name, reader), bias, reader)
+            for stored in manifest.fields(name).values():
+                reader.forget(stored)
+        for name, stored in in_order(manifest.others()):
+            if name in wanted:
+                fill(found, wanted[name], reader.read(stored))
+                reader.forget(stored)
+    # a module that stands in two places is replaced in both
+    replaced = {id(model.get_submodule(name)): module for name, module in sparse.items()}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in replaced:
+            replace_module(model, name, replaced[id(module)])
+    return model
+
+
+def _pack(model: nn.Module) -> tuple[dict[str, PackedLayer], list[Part], SaveReport]:
+    """How each tensor of `model` will be written."""
+    if isinstance(model, SparseLinear) or type(model) is nn.Linear:
+        raise ValueError("model is one layer, which has no name; put it into a module, such as nn.Sequential")
+    layers: dict[str, PackedLayer] = {}
+    parts: list[Part] = []
+    report = SaveReport()
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLinear):
+            layers[name] = PackedLayer.of(
+                module.format, (module.out_features, module.in_features), module.dtype, module.kept
+            )
+            parts.append(part_of(name, layers[name], module.kept, lambda module=module: module.packed))
+            report.dense_bytes += module.out_features * module.in_features * module.dtype.itemsize
+    found = slots(model)
+    for names in tied(found):
+        name = _stored_name(model, names)
+        if name is None:
+            continue
+        module, tensor = found[name].module, found[name].tensor.detach()
+        _refuse_tensor(name, tensor)
+        report.dense_bytes += tensor.nbytes
+        parts.append(Part({name: (tensor.dtype, tuple(tensor.shape))}, lambda name=name, tensor=tensor: {name: tensor}))
+        if len(names) > 1:
+            linear = (n for n in names if type(found[n].module) is nn.Linear and found[n].own == "weight")
+            report.dense += [(other.rpartition(".")[0], "its weight is tied") for other in linear]
+        elif type(module) is nn.Linear and found[name].own == "weight":
+            layer = name.rpartition(".")[0]
+            chosen = choose(tensor)
+            if isinstance(chosen, str):
+                report.dense.append((layer, chosen))
+                continue
+            layers[layer], kept = chosen
+            format = layers[layer].format
+            parts[-1] = part_of(layer, layers[layer], kept, lambda f=format, tensor=tensor: pack(tensor, f))
+    # shard by shard as the model runs
+    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    parts.sort(key=lambda part: order[next(iter(part.tensors)).rpartition(".")[0]])
+    report.bytes = sum(part.nbytes for part in parts)
+    report.packed = {name: layer.to_json() for name, layer in layers.items()}
+    return layers, parts, report
+
+
+def _stored_name(model: nn.Module, names: list[str]) -> str | None:
+    """Which of `names`, which are one tensor, is stored: the one that transformers looks for; None for none."""
+    ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    copies = getattr(model, "all_tied_weights_keys", None) or {}
+    names = [name for name in names if name not in ignored]
+    return next((name for name in names if name not in copies), names[0] if names else None)
+
+
+def _refuse_tensor(name: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise ValueError(f"{name} is on the meta device; load the model without offloading (device_map=None)")
+    if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.dtype not in NAMES:
+        raise ValueError(
+            f"{name} must be a plain tensor of {', '.join(DTYPES)}, got a {type(tensor).__name__} of {tensor.dtype}"
+        )
+
+
+def _fit(model: nn.Module, manifest: Manifest, found: Mapping[str, Slot]) -> dict[str, list[str]]:
+    """The stored name -> the names in `model` that it fills. Raises ValueError when the two do not fit together."""
+    kind, stored = type(model).__name__, manifest.others()
+    modules = dict(model.named_modules())
+    found = dict(found)
+    for name, layer in manifest.layers.items():
+        module = modules.get(name)
+        if type(module) is not nn.Linear and not isinstance(module, SparseLinear):
+            raise ValueError(
+                f"{name} is packed in {str(manifest.directory)!r}, so {kind} must have an nn.Linear there, "
+                f"got {'nothing' if module is None else type(module).__name__}"
+            )
+        if (module.out_features, module.in_features) != layer.shape:
+            raise ValueError(f"{name}: must be {list(layer.shape)}, got {[module.out_features, module.in_features]}")
+        found.pop(f"{name}.weight", None)
+    wanted = {}
+    for names in tied(found):
+        there = [name for name in names if name in stored]
+        if len(there) != 1:
+            raise ValueError(
+                f"{names[0]} of {kind} is stored {len(there)} times in {str(manifest.directory)!r}"
+                + (f", as {' and '.join(there)}, and is one tensor in the model" if there else "")
+            )
+        if (shape := tuple(found[names[0]].tensor.shape)) != stored[there[0]].shape:
+            raise ValueError(
+                f"{there[0]}: must be {list(stored[there[0]].shape)} as stored, got {list(shape)} in {kind}"
+            )
+        wanted[there[0]] = names
+    if unused := sorted(stored.keys() - wanted.keys()):
+        more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+        raise ValueError(f"{unused[0]}{more} of {str(manifest.directory)!r} has no place in {kind}")
+    return {name: names for name, names in wanted.items() if name.rpartition(".")[0] not in manifest.layers}
+
+
+def _sparse_linear(module: nn.Module, packed: Packed, bias: Stored | None, reader: Reader) -> SparseLinear:
+    """`module` with `packed` as its weight, on its device, of which no tensor is a view of the mapped file."""
+    tensors = [*module.parameters(), *module.buffers()]
+    device = tensors[0].device if tensors and not tensors[0].is_meta else torch.device("cpu")
+    own = as_served(packed)
+    made = SparseLinear(own, None if bias is None else reader.read(bias).clone())
+    addresses = {value.data_ptr() for value in vars(packed).values() if isinstance(value, Tensor)}
+    for name, operand in list(made._buffers.items()):
+        if operand is not None and operand.data_ptr() in addresses:
+            setattr(made, name, operand.clone())
+    return made.to(device).train(module.training)
+
+
+def _dense_bytes(manifest: Manifest) -> int:
+    packed = sum(math.prod(layer.shape) * layer.dtype.itemsize for layer in manifest.layers.values())
+    return packed + sum(stored.nbytes for stored in manifest.others().values())

@@ -1,0 +1,346 @@
+"""manifest: what a compressed checkpoint says it holds, read and checked before any tensor is.
+
+    config.json                            quantization_config names each packed layer: format, shape, pattern, dtype
+    sparsekern-00001-of-0000N.safetensors  L.values, L.bitmap, L.row_offsets of a bitmap layer L; L.values, L.metadata
+                                           of a 2:4 one; every other tensor under its own name, tied ones once
+    sparsekern.safetensors.index.json      which shard holds which tensor, as transformers reads it
+    SHA256SUMS                             of every other file, as sha256sum writes it
+
+No file is called model*.safetensors: a transformers without this package finds no weights, instead of random ones.
+Hidden files are no part of it, and a link may leave the directory only for the blobs of the hub's own cache.
+"""
+
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsekern.formats import Bitmap, SemiStructured
+from sparsekern.formats.bitmap import DTYPES
+from sparsekern.shards import DAMAGED, Reader, Stored, read_header, read_json, shape_of
+
+Packed = Bitmap | SemiStructured
+
+QUANT_METHOD = "sparsekern"
+FORMAT_VERSION = 1
+STEM = "sparsekern"
+INDEX = "sparsekern.safetensors.index.json"
+CONFIG = "config.json"
+SUMS = "SHA256SUMS"
+FORMATS = {format.name: format for format in (Bitmap, SemiStructured)}
+FIELDS = {Bitmap: ("values", "bitmap", "row_offsets"), SemiStructured: ("values", "metadata")}
+DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+_SHARD = re.compile(rf"{STEM}-(\d{{5}})-of-(\d{{5}})\.safetensors")
+_SUM = re.compile(r"([0-9a-f]{64})  ([^\\\n]+)")
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """One packed layer as config.json has it; `pattern` is "2:4", or the sparsity of a bitmap in words: "50.0%"."""
+
+    format: type[Packed]
+    shape: tuple[int, int]
+    pattern: str
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, format: type[Packed], shape: tuple[int, int], dtype: torch.dtype, kept: int) -> "PackedLayer":
+        """The entry of a layer that keeps `kept` weights."""
+        return cls(format, tuple(shape), _pattern(format, tuple(shape), kept), dtype)
+
+    def tensors(self, kept: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """The fields as they are stored, dtype and shape."""
+        out_features, in_features = self.shape
+        if self.format is Bitmap:
+            return {
+                "values": (self.dtype, (kept,)),
+                "bitmap": (torch.uint8, (out_features, -(-in_features // 8))),
+                "row_offsets": (torch.int64, (out_features + 1,)),
+            }
+        return {
+            "values": (self.dtype, (out_features, in_features // 2)),
+            "metadata": (torch.int16, (out_features, -(-in_features // 16))),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"format": self.format.name, "shape": list(self.shape), "pattern": self.pattern, "dtype": dtype}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A compressed checkpoint whose files fit together; the contents of its tensors were not looked at.
+
+    config   config.json
+    layers   the packed layers, by name
+    tensors  where each stored tensor lies, by name: the fields of the packed layers and every other tensor
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    layers: dict[str, PackedLayer]
+    tensors: dict[str, Stored]
+
+    def fields(self, name: str) -> dict[str, Stored]:
+        """The stored fields of the packed layer `name`, by field."""
+        return {field: self.tensors[f"{name}.{field}"] for field in FIELDS[self.layers[name].format]}
+
+    def others(self) -> dict[str, Stored]:
+        """The tensors that are no fields of a packed layer."""
+        fields = {f"{name}.{field}" for name, layer in self.layers.items() for field in FIELDS[layer.format]}
+        return {name: stored for name, stored in self.tensors.items() if name not in fields}
+
+    def packed(self, name: str, reader: Reader) -> Packed:
+        """The packed layer `name`, validated, as views of the mapped file.
+
+        Raises ValueError naming the layer and what contradicts in it.
+        """
+        fields = {field: reader.read(stored) for field, stored in self.fields(name).items()}
+        packed = self.layers[name].format(**fields, in_features=self.layers[name].shape[1])
+        try:
+            packed.validate()
+        except ValueError as error:
+            raise ValueError(f"{self.tensors[f'{name}.values'].file.name}: {name}: {error}; {DAMAGED}") from error
+        if missing := int((~packed.values.isfinite()).sum()):
+            raise ValueError(
+                f"{self.tensors[f'{name}.values'].file.name}: {name}: values must be finite, "
+                f"got {missing} NaN or infinite ones; {DAMAGED}"
+            )
+        return packed
+
+
+def quantization_config(layers: Mapping[str, PackedLayer]) -> dict[str, Any]:
+    """The entry of config.json."""
+    entries = {name: layer.to_json() for name, layer in layers.items()}
+    return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "layers": entries}
+
+
+def read_manifest(directory: str | Path) -> Manifest:
+    """What the compressed checkpoint in `directory` holds, by its config, its index and the headers of its shards.
+
+    Checked are the format's version, every file against the index, every header against its file's length, and the
+    dtype and shape of every packed field against config.json. Raises ValueError naming file, tensor, rule and value.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"no such directory: {str(directory)!r}")
+    files = set(_files(directory))
+    for needed in (CONFIG, INDEX):
+        if needed not in files:
+            raise ValueError(f"{str(directory)!r} is not a compressed checkpoint: it holds no {needed}")
+    config = read_json(directory / CONFIG)
+    layers = read_layers(config)
+    weight_map, total_size = _read_index(directory)
+    shards = sorted(name for name in files if name.endswith(".safetensors"))
+    _same(INDEX, "the directory", "shards", weight_map.values(), shards)
+    tensors: dict[str, Stored] = {}
+    for shard in shards:
+        header = read_header(directory / shard)
+        _same(INDEX, shard, "tensors", {n for n, file in weight_map.items() if file == shard}, header)
+        tensors |= header
+    if (size := sum(stored.nbytes for stored in tensors.values())) != total_size:
+        raise ValueError(f"{INDEX}: total_size must be the {size:,} bytes of its tensors, got {total_size}; {DAMAGED}")
+    for name, layer in layers.items():
+        _check_fields(name, layer, tensors)
+    _refuse_unnamed(layers, tensors)
+    return Manifest(directory, config, layers, tensors)
+
+
+def read_layers(config: Mapping[str, Any]) -> dict[str, PackedLayer]:
+    """The packed layers of a config.json. Raises ValueError when it is no compressed checkpoint's, or a newer one's."""
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if type(quantization) is dict else None
+    if method != QUANT_METHOD:
+        raise ValueError(
+            f"{CONFIG}: quantization_config must have quant_method {QUANT_METHOD!r}, got {method!r}: "
+            "this is not a compressed checkpoint of sparsekern"
+        )
+    version = quantization.get("format_version")
+    if type(version) is not int or version < 1:
+        raise ValueError(f"{CONFIG}: format_version must be a whole number from 1, got {version!r}; {DAMAGED}")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{CONFIG}: format_version {version} is newer than {FORMAT_VERSION}, the newest that is read here: "
+            "update sparsekern"
+        )
+    entries = quantization.get("layers")
+    if type(entries) is not dict:
+        raise ValueError(f"{CONFIG}: quantization_config must have layers by name, got {entries!r:.80}; {DAMAGED}")
+    return {name: _layer(name, entry) for name, entry in entries.items()}
+
+
+def write_sums(directory: Path) -> None:
+    """Write SHA256SUMS over every other file of `directory`."""
+    names = sorted(_files(directory))
+    if strange := [name for name in names if not _SUM.fullmatch(f"{'0' * 64}  {name}")]:
+        raise ValueError(f"the names of files must have no backslash and no line break, got {strange[0]!r}")
+    sums = "".join(f"{digest}  {name}\n" for name, digest in sha256(directory, names).items())
+    (directory / SUMS).write_text(sums, encoding="utf-8")
+
+
+def check_sums(directory: Path) -> dict[str, str]:
+    """The sha256 of every file of `directory` but SHA256SUMS, which must say the same.
+
+    Raises ValueError naming the first file that differs, is missing, or is not listed.
+    """
+    if SUMS not in os.listdir(directory):
+        raise ValueError(
+            f"{str(directory)!r} holds no {SUMS}, so nothing says whether its files are whole: fetch it, or pass "
+            "hashes=False to go without"
+        )
+    # also refuses a link that leaves the directory
+    _regular(directory, SUMS)
+    listed: dict[str, str] = {}
+    text = (directory / SUMS).read_bytes().decode(errors="replace")
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
+        matched = _SUM.fullmatch(line)
+        if not matched or matched[2] in listed:
+            raise ValueError(f"{SUMS}: line {number} must be a sha256, two spaces and a new name; {DAMAGED}")
+        listed[matched[2]] = matched[1]
+    if not text.endswith("\n"):
+        raise ValueError(f"{SUMS}: must end with a line break; {DAMAGED}")
+    _same(SUMS, "the directory", "files", listed, _files(directory))
+    digests = sha256(directory, sorted(listed))
+    if changed := [name for name in sorted(listed) if digests[name] != listed[name]]:
+        more = f" ({len(changed)} files like this)" if len(changed) > 1 else ""
+        raise ValueError(
+            f"{changed[0]}: sha256 must be {listed[changed[0]]}, got {digests[changed[0]]}{more}; {DAMAGED}"
+        )
+    return digests
+
+
+def sha256(directory: Path, names: list[str]) -> dict[str, str]:
+    """The sha256 of each of `names` in `directory`, several at a time."""
+    with ThreadPoolExecutor(min(len(names), os.cpu_count() or 1) or 1) as pool:
+        return dict(zip(names, pool.map(lambda name: _digest(directory / name), names), strict=True))
+
+
+def _digest(path: Path) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while read := file.readinto(buffer):
+            digest.update(buffer[:read])
+    return digest.hexdigest()
+
+
+def _files(directory: Path) -> Iterator[str]:
+    """Every regular file below `directory` but SHA256SUMS and what is hidden, as its path from there."""
+    for folder, inner, names in os.walk(directory):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        for name in [*names, *(name for name in inner if os.path.islink(os.path.join(folder, name)))]:
+            path = os.path.relpath(os.path.join(folder, name), directory)
+            if not name.startswith(".") and path != SUMS:
+                _regular(directory, path)
+                yield path
+
+
+def _regular(directory: Path, name: str) -> None:
+    """Raises ValueError for what is no file, and for a link that leaves the directory."""
+    path = directory / name
+    real, root = path.resolve(), directory.resolve()
+    # the hub keeps a snapshot's files beside it, under their hashes
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
+    if not real.is_relative_to(root) and real.parent != blobs:
+        raise ValueError(f"{name!r} must not leave the directory, got a link to {str(real)!r}")
+    if not real.exists() or not stat.S_ISREG(real.stat().st_mode):
+        raise ValueError(f"{name!r} must be a file, got {'something else' if real.exists() else 'a dangling link'}")
+
+
+def _read_index(directory: Path) -> tuple[dict[str, str], int]:
+    index = read_json(directory / INDEX)
+    weight_map, metadata = index.get("weight_map"), index.get("metadata")
+    if type(weight_map) is not dict or type(metadata) is not dict or type(metadata.get("total_size")) is not int:
+        raise ValueError(f"{INDEX}: must have a weight_map and a metadata with total_size; {DAMAGED}")
+    files = set()
+    for name, file in weight_map.items():
+        if type(file) is not str or not _SHARD.fullmatch(file):
+            raise ValueError(
+                f"{INDEX}: {name!r:.80} must lie in {STEM}-00001-of-0000N.safetensors of this directory, "
+                f"got {file!r:.80}; {DAMAGED}"
+            )
+        files.add(file)
+    expected = {f"{STEM}-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)}
+    _same(INDEX, "its own numbering", "shards", files, expected)
+    return weight_map, metadata["total_size"]
+
+
+def _layer(name: str, entry: Any) -> PackedLayer:
+    def refuse(rule: str, value: Any) -> ValueError:
+        return ValueError(f"{CONFIG}: {name!r:.80}: {rule}, got {value!r:.80}; {DAMAGED}")
+
+    if not name.isprintable() or not name:
+        raise refuse("the name of a layer must be printable", name)
+    if type(entry) is not dict or entry.keys() != {"format", "shape", "pattern", "dtype"}:
+        raise refuse("must have format, shape, pattern and dtype", entry)
+    if type(entry["format"]) is not str or entry["format"] not in FORMATS:
+        raise refuse(f"format must be one of {', '.join(FORMATS)}", entry["format"])
+    if type(entry["dtype"]) is not str or entry["dtype"] not in DTYPE_NAMES:
+        raise refuse(f"dtype must be one of {', '.join(DTYPE_NAMES)}", entry["dtype"])
+    format, shape = FORMATS[entry["format"]], shape_of(entry["shape"])
+    if shape is None or len(shape) != 2:
+        raise refuse("shape must be out_features and in_features", entry["shape"])
+    if format is SemiStructured and shape[1] % 4:
+        raise refuse("in_features of a 2:4 layer must be a multiple of 4", entry["shape"])
+    if type(entry["pattern"]) is not str:
+        raise refuse("pattern must be a text", entry["pattern"])
+    return PackedLayer(format, shape, entry["pattern"], DTYPE_NAMES[entry["dtype"]])
+
+
+def _check_fields(name: str, layer: PackedLayer, tensors: Mapping[str, Stored]) -> None:
+    """Raises ValueError when the stored fields of `layer` are not what config.json says."""
+    for field in FIELDS[layer.format]:
+        if f"{name}.{field}" not in tensors:
+            raise ValueError(
+                f"{INDEX}: {name} is packed as {layer.format.name}, but {name}.{field} is missing; {DAMAGED}"
+            )
+    if f"{name}.weight" in tensors:
+        raise ValueError(f"{INDEX}: {name} is packed, so {name}.weight must not be there; {DAMAGED}")
+    values = tensors[f"{name}.values"]
+    kept = values.shape[0] if len(values.shape) == 1 else 0
+    for field, (dtype, shape) in layer.tensors(kept).items():
+        stored = tensors[f"{name}.{field}"]
+        if stored.dtype != dtype or stored.shape != shape:
+            raise ValueError(
+                f"{stored.file.name}: {name}.{field} must be {list(shape)} of {dtype} by {CONFIG}, "
+                f"got {list(stored.shape)} of {stored.dtype}; {DAMAGED}"
+            )
+    if layer.format is Bitmap and kept > layer.shape[0] * layer.shape[1]:
+        raise ValueError(f"{CONFIG}: {name}: shape {list(layer.shape)} cannot hold {kept:,} values; {DAMAGED}")
+    if layer.pattern != (expected := _pattern(layer.format, layer.shape, kept)):
+        raise ValueError(f"{CONFIG}: {name}: pattern must be {expected!r}, got {layer.pattern!r:.80}; {DAMAGED}")
+    bias = tensors.get(f"{name}.bias")
+    if bias is not None and bias.shape != layer.shape[:1]:
+        raise ValueError(f"{bias.file.name}: {name}.bias must be {[layer.shape[0]]}, got {list(bias.shape)}; {DAMAGED}")
+
+
+def _refuse_unnamed(layers: Mapping[str, PackedLayer], tensors: Mapping[str, Stored]) -> None:
+    """Raises ValueError for a packed layer that config.json does not name."""
+    for name in tensors:
+        layer, _, field = name.rpartition(".")
+        if field == "values" and layer not in layers and {f"{layer}.bitmap", f"{layer}.metadata"} & tensors.keys():
+            raise ValueError(f"{CONFIG}: {layer} is stored packed, but quantization_config does not name it; {DAMAGED}")
+
+
+def _pattern(format: type[Packed], shape: tuple[int, int], kept: int) -> str:
+    size = shape[0] * shape[1]
+    return f"{1 - kept / size if size else 0:.1%}" if format is Bitmap else "2:4"
+
+
+def _same(first_place: str, second_place: str, what: str, first: Iterable[str], second: Iterable[str]) -> None:
+    """Raises ValueError naming what only one of two places has."""
+    first, second = set(first), set(second)
+    for place, only in ((first_place, first - second), (second_place, second - first)):
+        if only:
+            more = f" and {len(only) - 1} more" if len(only) > 1 else ""
+            raise ValueError(
+                f"{first_place} and {second_place} must have the same {what}, but only {place} has "
+                f"{min(only)!r:.80}{more}; {DAMAGED}"
+            )

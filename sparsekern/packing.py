@@ -1,0 +1,78 @@
+"""packing: in which format a weight is packed, and what a checkpoint's writer needs to know before it packs one."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from sparsekern.formats import Bitmap, SemiStructured
+from sparsekern.formats.bitmap import DTYPES
+from sparsekern.manifest import FIELDS, Packed, PackedLayer
+from sparsekern.shards import Part
+
+# what is looked at in one go: little beside a layer, and most of it in a core's cache
+_CHUNK_ELEMENTS = 1 << 19
+
+
+def choose(weight: Tensor, to: type[Packed] | None = None) -> tuple[PackedLayer, int] | str:
+    """How `weight` [out_features, in_features] is packed and how many weights it keeps, or why it stays dense.
+
+    to  the format to pack in; None takes 2:4 where it holds, else bitmap
+
+    A format is taken where it holds and takes fewer bytes than the dense weight.
+    """
+    if weight.dim() != 2:
+        return f"it has {weight.dim()} dimensions"
+    if weight.dtype not in DTYPES:
+        return f"it is {str(weight.dtype).removeprefix('torch.')}"
+    kept, is_24 = 0, weight.shape[1] % 4 == 0
+    for rows in _by_rows(weight.detach()):
+        # one sum tells of NaN and inf at once; an overflow is looked at closely
+        if not rows.sum(dtype=torch.float32).isfinite() and not rows.isfinite().all():
+            return "it holds NaN or infinite values"
+        nonzero = (rows != 0).contiguous()
+        kept += int(nonzero.sum())
+        if is_24 and nonzero.numel():
+            # four bytes of 0 or 1 as one number; the product's highest byte is their sum
+            groups = nonzero.view(torch.uint8).flatten().view(torch.int32)
+            is_24 = int(((groups * 0x01010101) >> 24).max()) <= 2
+    chosen = to or (SemiStructured if is_24 else Bitmap)
+    if chosen is SemiStructured and not is_24:
+        return "it is not 2:4"
+    layer = PackedLayer.of(chosen, tuple(weight.shape), weight.dtype, kept)
+    packed = nbytes(layer, kept)
+    if packed >= weight.nbytes:
+        return f"as {chosen.name} it would take {packed:,} bytes, dense {weight.nbytes:,}"
+    return layer, kept
+
+
+def pack(weight: Tensor, format: type[Packed]) -> Packed:
+    """format.pack(weight), some rows at a time: what packing takes beside its result is then small."""
+    chunks = [format.pack(rows) for rows in _by_rows(weight.detach())]
+    if len(chunks) == 1:
+        return chunks[0]
+    fields = {field: [getattr(chunk, field) for chunk in chunks] for field in FIELDS[format]}
+    if format is Bitmap:
+        counts = torch.cat([offsets.diff() for offsets in fields["row_offsets"]])
+        fields["row_offsets"] = [counts.new_zeros(1), counts.cumsum(dim=0)]
+    return format(**{field: torch.cat(parts) for field, parts in fields.items()}, in_features=weight.shape[1])
+
+
+def nbytes(layer: PackedLayer, kept: int) -> int:
+    """What a layer takes that keeps `kept` weights."""
+    return Part(layer.tensors(kept), dict).nbytes
+
+
+def fields_of(name: str, packed: Packed) -> Mapping[str, Tensor]:
+    """The tensors of the layer `name` as they are stored."""
+    return {f"{name}.{field}": getattr(packed, field) for field in FIELDS[type(packed)]}
+
+
+def part_of(name: str, layer: PackedLayer, kept: int, make) -> Part:
+    """The part that `make`, which returns the packed weight, will make."""
+    tensors = {f"{name}.{field}": what for field, what in layer.tensors(kept).items()}
+    return Part(tensors, lambda: fields_of(name, make()))
+
+
+def _by_rows(weight: Tensor) -> tuple[Tensor, ...]:
+    return weight.split(max(_CHUNK_ELEMENTS // max(weight.shape[1], 1), 1))
