@@ -84,6 +84,11 @@ def weight(layer: Layer) -> Tensor:
     return layer.weight.data.T if isinstance(layer, Conv1D) else layer.weight.data
 
 
+def is_transposed(layer: Layer) -> bool:
+    """Whether the layer's weight lies in its parameter as W^T [in_features, out_features]."""
+    return layer.transposed if isinstance(layer, Expert) else isinstance(layer, Conv1D)
+
+
 def parameter(layer: Layer) -> nn.Parameter:
     """The parameter that holds the layer's weight, alone or with other experts'."""
     return getattr(layer.module, layer.parameter) if isinstance(layer, Expert) else layer.weight

@@ -21,10 +21,11 @@ def command(
     reports = inspect_checkpoint(directory)
 
     def tables(_):
-        table = Table("matrix", "shape", "dtype", "sparsity", "pattern", "MB", "packed MB")
+        table = Table("matrix", "shape", "dtype", "stored", "sparsity", "pattern", "MB", "packed MB")
         for r in reports:
-            shape, sizes = f"{r.shape[0]} x {r.shape[1]}", (f"{r.bytes / 1e6:.2f}", f"{r.packed_bytes / 1e6:.2f}")
-            table.add_row(r.name, shape, r.dtype, f"{r.sparsity:.2%}", r.pattern, *sizes)
+            shape = " x ".join(map(str, r.shape)) + (" (in x out)" if r.transposed else "")
+            sizes = f"{r.bytes / 1e6:.2f}", f"{r.packed_bytes / 1e6:.2f}"
+            table.add_row(r.name, shape, r.dtype, r.format, f"{r.sparsity:.2%}", r.pattern, *sizes)
         total, packed = sum(r.bytes for r in reports), sum(r.packed_bytes for r in reports)
         return [table, f"{len(reports)} matrices, {total / 1e6:.2f} MB; packed {packed / 1e6:.2f} MB"]
 
