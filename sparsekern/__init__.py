@@ -4,6 +4,7 @@ from sparsekern.allocation import allocate
 from sparsekern.checkpoint import load, save
 from sparsekern.finishing import Finish
 from sparsekern.fixed_masks import FixedMasks
+from sparsekern.gradual import CubicSchedule, GradualMagnitude
 from sparsekern.linear import SparseLinear, densify, sparsify
 from sparsekern.lottery import Ticket, find_ticket
 from sparsekern.measure import measure
@@ -18,9 +19,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ADMM",
+    "CubicSchedule",
     "Finish",
     "FixedMasks",
     "GPTQ",
+    "GradualMagnitude",
+    "GradualPruning",
+    "KeepZeros",
     "NM",
     "OBD",
     "OBS",
@@ -46,3 +51,12 @@ __all__ = [
     "save",
     "sparsify",
 ]
+
+
+def __getattr__(name: str):
+    # the callbacks are for those who train: transformers' own part of them is imported when they are asked for
+    if name in ("GradualPruning", "KeepZeros"):
+        from sparsekern import hf_trainer
+
+        return getattr(hf_trainer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -41,6 +41,8 @@ ARROWS = {
     "permute": {"channel_order", "channel_sites", "calibrate", "hf", "pattern", "stats"},
     "allocation": {"oneshot", "methods", "calibrate", "gradients", "batches", "hf", "pattern", "stats"},
     "fixed_masks": set(),
+    "gradual": {"pattern", "fixed_masks", "hf", "experts"},
+    "hf_trainer": {"pattern", "fixed_masks", "gradual", "linear"},
     "lottery_journal": {"publish"},
     "training": {"fixed_masks", "lottery_journal"},
     "lottery": {"pattern", "methods", "fixed_masks", "lottery_journal", "training"},
@@ -54,13 +56,13 @@ ARROWS = {
 }
 # the two halves meet in an ordinary nn.Linear whose weight holds zeros, and nowhere else
 PRUNE = {"batches", "calibrate", "experts", "gradients", "methods", "oneshot", "lottery", "permute", "allocation"} | {
-    *("fixed_masks", "lottery_journal", "training")
+    *("fixed_masks", "gradual", "lottery_journal", "training")
 }
 RUN = {"formats", "linear", "plan"}
 # commands and what they are made of: they may import everything, and of the rest only each other imports them
 DOORS = {"card", "cli", "commands", "demo", "doctor", "endtoend", "inspect", "preview", "speed"}
 # foreign thing -> where it is let in
-FOREIGN = {"transformers": ("hf.py", "hf_files.py"), "triton": ("ops/triton/",)}
+FOREIGN = {"transformers": ("hf.py", "hf_files.py", "hf_trainer.py"), "triton": ("ops/triton/",)}
 
 
 def name(path):
