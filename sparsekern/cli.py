@@ -1,5 +1,6 @@
 """The command line: its commands, one file each in commands/, and what bad input gets."""
 
+import signal
 import sys
 
 import torch
@@ -9,19 +10,29 @@ from typer.core import TyperGroup
 
 from sparsekern.commands import bench, demo, doctor, eval, inspect, prune
 from sparsekern.hf import UnknownModelError
+from sparsekern.publish import LockedError
 
 BAD_INPUT = 2
+INTERRUPTED = 128 + signal.SIGINT
 
 
 class _Commands(TyperGroup):
-    """Bad input is one line on standard error and exit code 2; anything else is a bug and shows its traceback."""
+    """Bad input is one line on standard error and exit code 2, an interrupt one and 130; anything else is a bug and
+    shows its traceback."""
 
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
-        except (ValueError, OSError, UnknownModelError, torch.linalg.LinAlgError) as error:
-            Console(stderr=True, soft_wrap=True).print("error:", str(error), style="red", markup=False, highlight=False)
+        except (ValueError, OSError, UnknownModelError, LockedError, torch.linalg.LinAlgError) as error:
+            _complain(f"error: {error}")
             sys.exit(BAD_INPUT)
+        except KeyboardInterrupt:
+            _complain("interrupted: a directory is written whole or not at all")
+            sys.exit(INTERRUPTED)
+
+
+def _complain(line: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(line, style="red", markup=False, highlight=False)
 
 
 app = typer.Typer(

@@ -14,6 +14,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
+class LockedError(RuntimeError):
+    """Another process is writing the directory."""
+
+
 @contextmanager
 def publish(directory: str | Path) -> Iterator[Path]:
     """Yields an empty hidden directory that becomes `directory` when the block ends without an error.
@@ -52,7 +56,7 @@ def publish(directory: str | Path) -> Iterator[Path]:
 def lock(directory: str | Path) -> Iterator[None]:
     """While open, no other process that asks for the lock of `directory` gets it; a killed holder holds nothing.
 
-    The lock is on a hidden file beside the directory, removed at the end. Raises RuntimeError when another holds it.
+    The lock is on a hidden file beside the directory, removed at the end. Raises LockedError when another holds it.
     """
     directory = Path(os.path.abspath(directory))
     _make_parents(directory.parent)
@@ -85,7 +89,7 @@ def _locked(directory: Path, path: Path) -> int:
             os.close(file)
             if not isinstance(error, BlockingIOError):
                 raise
-            raise RuntimeError(
+            raise LockedError(
                 f"{str(directory)!r} is being written by {f'process {holder}' if holder else 'another process'}: "
                 "wait until it ends, or choose another directory"
             ) from None
