@@ -10,9 +10,9 @@ of sparse against dense: that is for linear_bitmap.py and model.py to say.
 import pytest
 import torch
 
-from sparsekern import SparseGPT, Wanda
+from sparsekern import SparseGPT, Wanda, ops
 from sparsekern.formats import Bitmap, SemiStructured
-from sparsekern.ops import LINEAR_KERNELS, addmm, gram, inverse_cholesky, keep_largest, obs_sweep
+from sparsekern.ops import LINEAR_KERNELS, addmm, bitmap_panels, gram, inverse_cholesky, keep_largest, obs_sweep
 from sparsekern.pattern import NM
 from sparsekern.stats import Gram
 
@@ -35,13 +35,27 @@ def stats(weight):
 
 @FORMATS
 def test_pack(benchmark, format, weight):
-    assert torch.equal(benchmark(format.pack, weight).to_dense(), weight)
+    assert torch.equal(benchmark(ops.pack, weight, format).to_dense(), weight)
 
 
 @FORMATS
 def test_to_dense(benchmark, format, weight):
     packed = format.pack(weight)
-    assert torch.equal(benchmark(packed.to_dense), weight)
+    assert torch.equal(benchmark(ops.to_dense, packed), weight)
+
+
+@FORMATS
+def test_validate(benchmark, format, weight):
+    benchmark(ops.validate, format.pack(weight))
+
+
+@pytest.mark.parametrize("kernel", bitmap_panels.KERNELS, ids=lambda kernel: kernel.name)
+def test_to_panels_and_back(benchmark, kernel, weight):
+    packed = Bitmap.pack(weight)
+    if reason := kernel.refuses(packed.values):
+        pytest.skip(f"{kernel.name}: {reason}")
+    restored = benchmark(lambda: kernel.restore(kernel.run(packed), *weight.shape))
+    assert torch.equal(restored.to_dense(), weight)
 
 
 @pytest.mark.parametrize(

@@ -1,136 +1,18 @@
 // sparsekern._cpu: checks, casts the address, calls. Tensors come as addresses and sizes, so torch is neither needed to
-// build this nor linked.
+// build this nor linked. What is on packed weights is in bind_bitmap.cpp.
 
-#include <pybind11/pybind11.h>
-
-#include <cstdint>
 #include <cstring>
 #include <new>
-#include <string>
 
-#include "ops.h"
-
-namespace py = pybind11;
+#include "bind_cpu.h"
 
 namespace sparsekern {
 namespace {
 
-using Address = std::uintptr_t;
-
-void check(bool right, const std::string& message) {
-  if (!right) throw py::value_error(message);
-}
-
-DType dtype_of(const std::string& name) {
-  if (name == "bfloat16") return DType::kBFloat16;
-  if (name == "float32") return DType::kFloat32;
-  throw py::value_error("dtype must be bfloat16 or float32, got " + name);
-}
-
-// Those this machine has.
-py::tuple names_of(const InstructionSet* sets) {
-  py::list names;
-  for (const InstructionSet* set = sets; set->name != nullptr; ++set) {
-    if (set->supported()) names.append(set->name);
-  }
-  return py::tuple(names);
-}
-
-py::tuple instruction_sets() { return names_of(kLinearBitmapSets); }
-
-std::string isa() { return py::cast<std::string>(instruction_sets()[0]); }
-
-// The first of `sets` that this machine has, or the named one.
-int find_set(const InstructionSet* sets, const std::string& name) {
-  for (int set = 0; sets[set].name != nullptr; ++set) {
-    if ((name.empty() || name == sets[set].name) && sets[set].supported()) return set;
-  }
-  throw py::value_error("this machine does not have the instruction set " + name);
-}
-
-// A packed weight: addresses, and the sizes of what lies there.
-struct Weight {
-  BitmapWeight weight;
-  int64_t panels;
-
-  Weight(const std::string& dtype, Address masks, int64_t masks_size, Address values, int64_t values_size,
-         Address panel_offsets, int64_t panel_offsets_size, int64_t out_features, int64_t in_features)
-      : weight{dtype_of(dtype),
-               reinterpret_cast<const uint32_t*>(masks),
-               reinterpret_cast<const void*>(values),
-               reinterpret_cast<const int64_t*>(panel_offsets),
-               out_features,
-               in_features},
-        panels((out_features + kPanelRows - 1) / kPanelRows) {
-    // 2^40 inputs or outputs cannot be an honest request, and their product would overflow
-    constexpr int64_t kMost = int64_t{1} << 40;
-    check(out_features >= 0 && out_features < kMost, "out_features is impossible: " + std::to_string(out_features));
-    check(in_features >= 0 && in_features < kMost, "in_features is impossible: " + std::to_string(in_features));
-    int64_t blocks = (in_features + kBlockInputs - 1) / kBlockInputs;
-    int64_t masks_needed;
-    const bool overflow = __builtin_mul_overflow(panels, blocks * kBlockMasks, &masks_needed);
-    check(!overflow && masks_size == masks_needed, "masks must hold panels * blocks * 16 words, got " +
-                                                       std::to_string(masks_size) + " for " + std::to_string(panels) +
-                                                       " panels of " + std::to_string(blocks) + " blocks");
-    check(panel_offsets_size == panels + 1, "panel_offsets must hold " + std::to_string(panels + 1) +
-                                                " offsets, got " + std::to_string(panel_offsets_size));
-    const int64_t tail = kTailBytes / (weight.dtype == DType::kBFloat16 ? 2 : 4);
-    const int64_t kept = values_size - tail;
-    check(weight.panel_offsets[0] == 0 && weight.panel_offsets[panels] == kept,
-          "panel_offsets must run from 0 to the " + std::to_string(kept) + " kept values, got " +
-              std::to_string(weight.panel_offsets[0]) + " to " + std::to_string(weight.panel_offsets[panels]));
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      check(weight.panel_offsets[panel] <= weight.panel_offsets[panel + 1],
-            "panel_offsets must not fall, panel " + std::to_string(panel) + " does");
-    }
-  }
-};
-
-void linear_bitmap_checked(const Weight& packed, Address x, int64_t x_size, Address bias, int64_t bias_size, Address y,
-                           int64_t y_size, int64_t tokens, int threads, const std::string& isa) {
-  const BitmapWeight& weight = packed.weight;
-  check(threads > 0, "threads must be positive, got " + std::to_string(threads));
-  check(tokens >= 0, "tokens must not be negative, got " + std::to_string(tokens));
-  int64_t x_needed, y_needed;
-  check(!__builtin_mul_overflow(tokens, weight.in_features, &x_needed) && x_size == x_needed,
-        "x must hold tokens * in_features elements, got " + std::to_string(x_size));
-  check(!__builtin_mul_overflow(tokens, weight.out_features, &y_needed) && y_size == y_needed,
-        "y must hold tokens * out_features elements, got " + std::to_string(y_size));
-  check(bias == 0 || bias_size == weight.out_features,
-        "bias must hold " + std::to_string(weight.out_features) + " elements, got " + std::to_string(bias_size));
-  const int set = find_set(kLinearBitmapSets, isa);
-  if (y_needed == 0) return;
-  bool done;
-  {
-    py::gil_scoped_release release;
-    done = linear_bitmap(weight, reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(bias),
-                         reinterpret_cast<void*>(y), tokens, set, threads);
-  }
-  if (!done) throw std::bad_alloc();
-}
-
-void expand_bitmap_checked(const Weight& packed, Address dense, int64_t dense_size, int64_t first_panel,
-                           int64_t end_panel, int threads, const std::string& isa) {
-  const BitmapWeight& weight = packed.weight;
-  check(threads > 0, "threads must be positive, got " + std::to_string(threads));
-  check(0 <= first_panel && first_panel <= end_panel && end_panel <= packed.panels,
-        "panels must lie in 0.." + std::to_string(packed.panels) + ", got " + std::to_string(first_panel) + ".." +
-            std::to_string(end_panel));
-  const int64_t end_row =
-      end_panel * kPanelRows < weight.out_features ? end_panel * kPanelRows : weight.out_features;
-  const int64_t rows = first_panel < end_panel ? end_row - first_panel * kPanelRows : 0;
-  check(dense_size == rows * weight.in_features,
-        "dense must hold " + std::to_string(rows * weight.in_features) + " elements, got " + std::to_string(dense_size));
-  const int set = find_set(kLinearBitmapSets, isa);
-  if (dense_size == 0) return;
-  py::gil_scoped_release release;
-  expand_bitmap(weight, reinterpret_cast<void*>(dense), first_panel, end_panel, set, threads);
-}
-
 void obs_sweep_checked(Address weight, int64_t weight_stride, Address u, Address mask, int64_t mask_stride, int64_t n,
                        int64_t m, Address scale, int64_t levels, Address pruned, int64_t pruned_stride, Address e,
                        int64_t e_stride, int64_t rows, int64_t block, int threads, const std::string& isa) {
-  check(threads > 0, "threads must be positive, got " + std::to_string(threads));
+  check_threads(threads);
   check(rows >= 0 && block >= 0, "rows and block must not be negative, got " + std::to_string(rows) + " and " +
                                      std::to_string(block));
   // 2^20 columns are 4 TB of U: no honest request
@@ -168,7 +50,7 @@ void obs_sweep_checked(Address weight, int64_t weight_stride, Address u, Address
 
 int64_t keep_largest_checked(Address saliency, Address kept, int64_t kept_stride, Address mask, int64_t sets,
                              int64_t size, int threads) {
-  check(threads > 0, "threads must be positive, got " + std::to_string(threads));
+  check_threads(threads);
   check(sets >= 0 && size >= 0,
         "sets and size must not be negative, got " + std::to_string(sets) + " and " + std::to_string(size));
   int64_t elements;
@@ -192,7 +74,7 @@ int64_t keep_largest_checked(Address saliency, Address kept, int64_t kept_stride
 }
 
 uint64_t stream_read_checked(Address buffer, int64_t bytes, int threads) {
-  check(threads > 0, "threads must be positive, got " + std::to_string(threads));
+  check_threads(threads);
   check(bytes >= 0, "bytes must not be negative, got " + std::to_string(bytes));
   py::gil_scoped_release release;
   return stream_read(reinterpret_cast<const void*>(buffer), bytes, threads);
@@ -208,7 +90,7 @@ py::tuple gram_sets() {
 
 void gram_checked(const std::string& dtype, Address x, int64_t x_size, Address total, int64_t total_size,
                   int64_t tokens, int64_t in_features, int threads, const std::string& isa) {
-  check(threads > 0, "threads must be positive, got " + std::to_string(threads));
+  check_threads(threads);
   check(tokens >= 0, "tokens must not be negative, got " + std::to_string(tokens));
   check(in_features >= 0, "in_features must not be negative, got " + std::to_string(in_features));
   int64_t x_needed, total_needed;
@@ -219,7 +101,7 @@ void gram_checked(const std::string& dtype, Address x, int64_t x_size, Address t
   int set = 0;
   while (kGramSets[set].name != nullptr && !(isa == kGramSets[set].name && kGramSets[set].supported())) ++set;
   check(kGramSets[set].name != nullptr, "this machine does not have the instruction set " + isa);
-  const DType type = dtype == "float16" ? DType::kFloat16 : dtype_of(dtype);
+  const DType type = dtype_of(dtype);
   check(type == DType::kBFloat16 || isa != "avx512_bf16", "avx512_bf16 multiplies bfloat16, got " + dtype);
   bool done;
   {
@@ -234,7 +116,7 @@ void addmm_checked(Address total, int64_t total_stride, Address a, int64_t a_row
                    Address b, int64_t b_row_stride, int64_t b_column_stride, int64_t rows, int64_t inner,
                    int64_t columns, float scale, int threads) {
   check(has_addmm(), "this is not an AMD processor with AVX-512");
-  check(threads > 0, "threads must be positive, got " + std::to_string(threads));
+  check_threads(threads);
   check(rows >= 0 && inner >= 0 && columns >= 0, "sizes must not be negative, got " + std::to_string(rows) + ", " +
                                                      std::to_string(inner) + ", " + std::to_string(columns));
   check(total_stride >= columns, "rows of total must not overlap, got stride " + std::to_string(total_stride));
@@ -257,19 +139,7 @@ void addmm_checked(Address total, int64_t total_stride, Address a, int64_t a_row
 PYBIND11_MODULE(_cpu, module) {
   using namespace sparsekern;
   module.attr("ABI") = kAbi;
-  module.attr("PANEL_ROWS") = kPanelRows;
-  module.def("isa", isa, "The instruction set that is used: the best this machine has.");
-  module.def("instruction_sets", instruction_sets, "Those this machine has, best first.");
-
-  py::class_<Weight>(module, "BitmapWeight", "Addresses and sizes of a packed weight; see csrc/ops.h.")
-      .def(py::init<const std::string&, Address, int64_t, Address, int64_t, Address, int64_t, int64_t, int64_t>(),
-           py::arg("dtype"), py::arg("masks"), py::arg("masks_size"), py::arg("values"), py::arg("values_size"),
-           py::arg("panel_offsets"), py::arg("panel_offsets_size"), py::arg("out_features"), py::arg("in_features"));
-  module.def("linear_bitmap", linear_bitmap_checked, py::arg("weight"), py::arg("x"), py::arg("x_size"),
-             py::arg("bias"), py::arg("bias_size"), py::arg("y"), py::arg("y_size"), py::arg("tokens"),
-             py::arg("threads"), py::arg("isa") = "");
-  module.def("expand_bitmap", expand_bitmap_checked, py::arg("weight"), py::arg("dense"), py::arg("dense_size"),
-             py::arg("first_panel"), py::arg("end_panel"), py::arg("threads"), py::arg("isa") = "");
+  bind_bitmap(module);
   module.def("obs_sweep_sets", [] { return names_of(kObsSweepSets); }, "Those this machine has, best first.");
   module.def("obs_sweep", obs_sweep_checked, py::arg("weight"), py::arg("weight_stride"), py::arg("u"), py::arg("mask"),
              py::arg("mask_stride"), py::arg("n"), py::arg("m"), py::arg("scale"), py::arg("levels"),

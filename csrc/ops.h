@@ -6,9 +6,11 @@
 namespace sparsekern {
 
 // Raised by one whenever a signature or a layout here changes; ops/compiled.py refuses a module that has another.
-constexpr int kAbi = 3;
+constexpr int kAbi = 4;
 
 enum class DType : int { kBFloat16 = 0, kFloat32 = 1, kFloat16 = 2 };
+
+constexpr int64_t value_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // One implementation per instruction set, and whether this machine has it.
 struct InstructionSet {
@@ -27,8 +29,10 @@ struct InstructionSet {
 constexpr int64_t kPanelRows = 16;
 constexpr int64_t kBlockInputs = 32;
 constexpr int64_t kBlockMasks = 16;
-// a vector load at the last value reads this far past it
-constexpr int64_t kTailBytes = 64;
+// Masks that keep more than the panel has would make a kernel read on: after as many masks as this it goes back to the
+// panel's end at the latest, so that it stays within their weights and the vector load at the last of them.
+constexpr int64_t kGuardMasks = 4;
+constexpr int64_t kTailBytes = kGuardMasks * 32 * 4 + 64;
 
 struct BitmapWeight {
   DType dtype;  // of values, bias, x, y and dense
@@ -53,6 +57,64 @@ bool linear_bitmap(const BitmapWeight& weight, const void* x, const void* bias, 
 
 // dense [rows of the panels, in_features], every element written, of panels first_panel to end_panel - 1
 void expand_bitmap(const BitmapWeight& weight, void* dense, int64_t first_panel, int64_t end_panel, int set, int threads);
+
+// bitmap_rows: a weight as it is saved (formats/bitmap.py), from the dense one and back. Nothing that it says of itself
+// is believed: a row is counted before it is converted, and what is wrong is told by its number.
+struct BitmapRows {
+  DType dtype;
+  const void* values;          // [kept], in the order of the bits
+  const uint8_t* bitmap;       // [out_features, bitmap_row_bytes(in_features)], low bit first
+  const int64_t* row_offsets;  // [out_features + 1]
+  int64_t kept;
+  int64_t out_features;
+  int64_t in_features;
+};
+
+struct DenseRows {
+  DType dtype;
+  const void* weight;  // [out_features, in_features], a row every row_stride elements
+  int64_t row_stride;
+  int64_t out_features;
+  int64_t in_features;
+};
+
+constexpr int64_t bitmap_row_bytes(int64_t in_features) { return (in_features + 7) / 8; }
+
+// no row is wrong
+constexpr int64_t kNoRow = INT64_MAX;
+
+// Best first, ended by a null name.
+extern const InstructionSet kBitmapRowsSets[];
+
+// The first row whose offsets leave the values or fall, or do not count its ones, or that has ones after the last input.
+int64_t check_bitmap(const BitmapRows& packed, int set, int threads);
+
+// dense [out_features, in_features], every element written unless a row is wrong. Returns the first that is, or kNoRow.
+int64_t bitmap_to_dense(const BitmapRows& packed, void* dense, int set, int threads);
+
+// Writes all of bitmap and row_offsets; -0.0 is a zero. Returns how many weights are not finite.
+int64_t dense_to_bits(const DenseRows& dense, uint8_t* bitmap, int64_t* row_offsets, int set, int threads);
+
+// values [packed.kept], what `dense` holds where the bits of `packed` are; packed.values is not read. Returns the first
+// wrong row, or kNoRow.
+int64_t dense_to_values(const DenseRows& dense, const BitmapRows& packed, void* values, int set, int threads);
+
+// bitmap_panels: a weight as it is saved to what linear_bitmap reads, and back. One row of either is checked as above.
+// Best first, ended by a null name.
+extern const InstructionSet kBitmapPanelsSets[];
+
+//   masks          [panels, blocks, kBlockMasks], all written
+//   values         [kept] and kTailBytes of zeros
+//   panel_offsets  [panels + 1]
+// Returns the first wrong row of `packed`, or kNoRow.
+int64_t bitmap_to_panels(const BitmapRows& packed, uint32_t* masks, void* values, int64_t* panel_offsets, int set,
+                         int threads);
+
+// values [panel_offsets[panels]], bitmap and row_offsets as in BitmapRows, all written. Needs offsets that neither fall
+// nor leave the values. Returns the first panel whose ones its offsets do not count, or that has ones where the weight
+// ends, or kNoRow.
+int64_t panels_to_bitmap(const BitmapWeight& weight, void* values, uint8_t* bitmap, int64_t* row_offsets, int set,
+                         int threads);
 
 // obs_sweep: prune, and where `scale` is given round, one block of columns from left to right with the OBS update; see
 // ops/obs_sweep.py.

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsekern.formats import Bitmap, SemiStructured
-from sparsekern.ops import LINEAR_KERNELS, compiled
+from sparsekern.ops import LINEAR_KERNELS, compiled, pack, to_dense
 from sparsekern.ops.kernel import Kernel, pick
 from sparsekern.plan import Plan, Unmeasured
 
@@ -39,7 +39,7 @@ class SparseLinear(nn.Module):
     @classmethod
     def from_linear(cls, linear: nn.Linear, format: type[Packed] = Bitmap) -> "SparseLinear":
         """Pack the weight of `linear`, whatever it holds. Raises ValueError when the format cannot hold it."""
-        return cls(format.pack(linear.weight.detach()), linear.bias)
+        return cls(pack(linear.weight.detach(), format), linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] in the dtype of the weight -> y [..., out_features]."""
@@ -56,7 +56,7 @@ class SparseLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight [out_features, in_features], rebuilt: the same bits that were packed."""
-        return self.packed.to_dense()
+        return to_dense(self.packed)
 
     @property
     def nbytes(self) -> int:
@@ -103,7 +103,7 @@ class SparseLinear(nn.Module):
         else:
             own = self.packed
             try:
-                self._adopt(self.format.pack(weight.to(own.device, own.dtype)), self.kernel)
+                self._adopt(pack(weight.to(own.device, own.dtype), self.format), self.kernel)
             except ValueError as error:
                 errors.append(f"{prefix}weight: {error}")
         rest = {key: value for key, value in state_dict.items() if key != prefix + "weight"}
@@ -245,7 +245,7 @@ def _swap(linear: nn.Linear, plan: Plan | Unmeasured, tokens: tuple[int, ...]) -
     reasons, last_resort = [], None
     for format in (SemiStructured, Bitmap):
         try:
-            packed = format.pack(weight)
+            packed = pack(weight, format)
         except ValueError as error:
             reasons.append(f"{format.name}: {error}")
             continue

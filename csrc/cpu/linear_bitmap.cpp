@@ -6,20 +6,15 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "has_avx512.h"
+
 namespace sparsekern {
 namespace {
 
 bool always() { return true; }
 
 #if defined(__x86_64__)
-bool has_avx512() {
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2") &&
-         __builtin_cpu_supports("popcnt");
-}
-
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx512_bf16() { return has_avx512_vbmi2() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
 // in the order of kLinearBitmapSets
@@ -30,8 +25,6 @@ const LinearBitmapPanels* const kPanels[] = {
 #endif
     &kLinearBitmapPortable,
 };
-
-int64_t value_bytes(DType dtype) { return dtype == DType::kBFloat16 ? 2 : 4; }
 
 struct CopyFloat {
   using Source = float;
@@ -113,7 +106,7 @@ int64_t first_panel_of(const BitmapWeight& weight, int64_t first, int64_t end, i
 const InstructionSet kLinearBitmapSets[] = {
 #if defined(__x86_64__)
     {"avx512_bf16", has_avx512_bf16},
-    {"avx512", has_avx512},
+    {"avx512", has_avx512_vbmi2},
 #endif
     {"portable", always},
     {nullptr, nullptr},

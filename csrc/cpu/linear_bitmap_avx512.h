@@ -4,14 +4,7 @@
 // the baseline's.
 #pragma once
 
-#include <immintrin.h>
-
-#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
-// the intrinsics' own headers, https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-
+#include "fresh_zero.h"
 #include "linear_bitmap.h"
 
 namespace sparsekern {
@@ -24,14 +17,6 @@ constexpr int64_t kPrefetchBytes = 8192;
 constexpr int64_t kChunkBytes = 16384;
 // tokens whose sums stay in L1 beside them
 constexpr int64_t kWideTokens = 64;
-
-// Expansion waits for the register it overwrites, zero-masked or not (seen on Zen 5: 1.7 ns a mask, not 0.6): give it a
-// fresh one, and hide from the compiler that it is zero.
-inline __m512i fresh_zero() {
-  __m512i zero = _mm512_setzero_si512();
-  __asm__("" : "+v"(zero));
-  return zero;
-}
 
 inline void store_bf16(uint16_t* target, __m512 wide, __mmask16 rows) {
   // to nearest, ties to even; rounding up the bits of a NaN could make it infinite
@@ -133,6 +118,7 @@ template <class Kind>
 struct Panel {
   const uint32_t* masks;
   const typename Kind::Value* values;
+  const typename Kind::Value* end;
   int64_t masks_count;
   int64_t row;
   __mmask16 rows;
@@ -141,6 +127,7 @@ struct Panel {
   Panel(const BitmapWeight& weight, int64_t panel)
       : masks(weight.masks + panel * block_count(weight) * kBlockMasks),
         values(static_cast<const typename Kind::Value*>(weight.values) + weight.panel_offsets[panel]),
+        end(static_cast<const typename Kind::Value*>(weight.values) + weight.panel_offsets[panel + 1]),
         masks_count(block_count(weight) * kBlockMasks),
         row(panel * kPanelRows),
         rows(static_cast<__mmask16>(weight.out_features - row < kPanelRows ? (1u << (weight.out_features - row)) - 1
@@ -188,6 +175,8 @@ void panel_direct(const Panel<Kind>& panel, const typename Kind::X* x, const voi
   for (int64_t q = 0; q < panel.masks_count; q += kBlockMasks) {
     prefetch(masks);
     for (int64_t i = 0; i < kBlockMasks; i += kChains) {
+      static_assert(kChains <= kGuardMasks, "see kTailBytes");
+      values = values < panel.end ? values : panel.end;
 #pragma GCC unroll 4
       for (int chain = 0; chain < kChains; ++chain) {
         __m512i tile[Kind::kRegisters];
@@ -243,6 +232,7 @@ void panel_wide(const Panel<Kind>& panel, const typename Kind::X* x, const void*
   for (int64_t first = 0; first < panel.masks_count; first += kChunk) {
     const int64_t count = panel.masks_count - first < kChunk ? panel.masks_count - first : kChunk;
     for (int64_t q = 0; q < count; ++q) {
+      if (q % kGuardMasks == 0) values = values < panel.end ? values : panel.end;
       const uint32_t mask = panel.masks[first + q];
       prefetch(values);
       Kind::expand(mask, values, tiles + q * Kind::kRegisters);
@@ -298,6 +288,7 @@ void expand(const BitmapWeight& weight, void* dense, int64_t first_panel, int64_
     for (int64_t first = 0; first < panel.masks_count; first += kBlockMasks) {
       alignas(64) __m512i tiles[kBlockMasks * Kind::kRegisters];
       for (int64_t q = 0; q < kBlockMasks; ++q) {
+        if (q % kGuardMasks == 0) values = values < panel.end ? values : panel.end;
         const uint32_t mask = panel.masks[first + q];
         prefetch(values);
         Kind::expand(mask, values, tiles + q * Kind::kRegisters);

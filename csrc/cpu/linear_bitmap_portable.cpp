@@ -36,8 +36,10 @@ struct Float32 {
 // One block: returns the values after it. tile [kBlockInputs, kPanelRows]
 template <class Type>
 const typename Type::Value* expand_block(const uint32_t* masks, const typename Type::Value* values,
-                                         typename Type::Value* tile) {
+                                         const typename Type::Value* end, typename Type::Value* tile) {
   for (int64_t q = 0; q < kBlockMasks; ++q) {
+    // masks that lie: see kTailBytes
+    if (q % kGuardMasks == 0) values = values < end ? values : end;
     const uint32_t mask = masks[q];
     for (int64_t bit = 0; bit < 32; ++bit) {
       const uint32_t kept = (mask >> bit) & 1;
@@ -64,11 +66,12 @@ void linear(const BitmapWeight& weight, const void* packed_x, const void* bias, 
       const int64_t group = group_size(here);
       float sums[kMaxGroup][kPanelRows] = {};
       const Value* values = all_values + weight.panel_offsets[panel];
+      const Value* end = all_values + weight.panel_offsets[panel + 1];
       const uint32_t* masks = weight.masks + panel * blocks * kBlockMasks;
       for (int64_t block = 0; block < blocks; ++block, masks += kBlockMasks) {
         Value tile[kTile];
         float wide[kTile];
-        values = expand_block<Type>(masks, values, tile);
+        values = expand_block<Type>(masks, values, end, tile);
         for (int64_t i = 0; i < kTile; ++i) wide[i] = Type::widen(tile[i]);
         for (int64_t input = 0; input < kBlockInputs; ++input) {
           const float* x_input = x + ((block * kBlockInputs + input) / 2 * group) * 2 + input % 2;
@@ -99,10 +102,11 @@ void expand(const BitmapWeight& weight, void* dense, int64_t first_panel, int64_
     const int64_t row = panel * kPanelRows;
     const int64_t rows = weight.out_features - row < kPanelRows ? weight.out_features - row : kPanelRows;
     const Value* values = static_cast<const Value*>(weight.values) + weight.panel_offsets[panel];
+    const Value* end = static_cast<const Value*>(weight.values) + weight.panel_offsets[panel + 1];
     const uint32_t* masks = weight.masks + panel * blocks * kBlockMasks;
     for (int64_t block = 0; block < blocks; ++block, masks += kBlockMasks) {
       Value tile[kTile];
-      values = expand_block<Type>(masks, values, tile);
+      values = expand_block<Type>(masks, values, end, tile);
       const int64_t first = block * kBlockInputs;
       const int64_t inputs = weight.in_features - first < kBlockInputs ? weight.in_features - first : kBlockInputs;
       for (int64_t r = 0; r < rows; ++r) {

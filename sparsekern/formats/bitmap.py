@@ -62,8 +62,8 @@ class Bitmap:
         """True where a weight is kept [out_features, in_features] bool."""
         return unpack_bits(self.bitmap, self.in_features)
 
-    def validate(self) -> None:
-        """Raises ValueError when the parts contradict each other: a kernel would read past the values."""
+    def validate_shapes(self) -> None:
+        """The part of `validate` that looks at no row: shapes, dtypes, devices, where the offsets start and end."""
         if self.values.dim() != 1 or self.values.dtype not in DTYPES:
             raise ValueError(
                 "values must be [kept] of bfloat16, float16 or float32, "
@@ -90,6 +90,10 @@ class Bitmap:
         first, last = self.row_offsets[0].item(), self.row_offsets[-1].item()
         if first != 0 or last != len(self.values):
             raise ValueError(f"row_offsets must run from 0 to the {len(self.values)} values, got {first} to {last}")
+
+    def validate(self) -> None:
+        """Raises ValueError when the parts contradict each other: a kernel would read past the values."""
+        self.validate_shapes()
         counts = self.row_offsets.diff()
         if (counts < 0).any():
             row = int((counts < 0).nonzero()[0])

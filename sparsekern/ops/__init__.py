@@ -1,9 +1,30 @@
 """Operations: each file holds the contract, the reference in plain torch, and KERNELS, best first."""
 
+from torch import Tensor
+
 from sparsekern.formats import Bitmap, SemiStructured
-from sparsekern.ops import compiled, linear_24, linear_bitmap
+from sparsekern.ops import bitmap_rows, compiled, linear_24, linear_bitmap
 
 # the kernels that serve a linear layer packed in each format
 LINEAR_KERNELS = {SemiStructured: linear_24.KERNELS, Bitmap: linear_bitmap.KERNELS}
 
-__all__ = ["LINEAR_KERNELS", "compiled"]
+# of the formats whose conversion is an op, the op; the others convert themselves
+_CONVERSIONS = {Bitmap: bitmap_rows}
+
+
+def pack(weight: Tensor, format: type[SemiStructured | Bitmap]) -> SemiStructured | Bitmap:
+    """format.pack(weight), by the best kernel. Raises ValueError when the format cannot hold `weight`."""
+    return _CONVERSIONS.get(format, format).pack(weight)
+
+
+def to_dense(packed: SemiStructured | Bitmap) -> Tensor:
+    """packed.to_dense(), by the best kernel."""
+    return _CONVERSIONS.get(type(packed), type(packed)).to_dense(packed)
+
+
+def validate(packed: SemiStructured | Bitmap) -> None:
+    """packed.validate(), by the best kernel. Raises ValueError when the parts of `packed` contradict each other."""
+    _CONVERSIONS.get(type(packed), type(packed)).validate(packed)
+
+
+__all__ = ["LINEAR_KERNELS", "compiled", "pack", "to_dense", "validate"]

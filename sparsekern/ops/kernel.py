@@ -12,7 +12,7 @@ class Kernel:
     run      does the work; every kernel of an op takes the same arguments as the op's `reference`
     refuses  takes what `pick` was given; returns None, or in words why this kernel cannot serve it
     prepare  for ops on packed weights: canonical format -> the tensors that `run` reads, made once on load
-    restore  the inverse of `prepare`, bit for bit
+    restore  the inverse of `prepare`, or of `run` where the op is a conversion, bit for bit
     """
 
     name: str

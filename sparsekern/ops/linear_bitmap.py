@@ -4,13 +4,7 @@ Few tokens wait for the weight to arrive from memory, so half the bytes are near
 the arithmetic, which a zero costs as much as any weight: from `_DENSE_TOKENS` on the weight is expanded, a slice at a
 time, for torch's own linear.
 
-The compiled kernels read the weight in panels of 16 outputs, cut into blocks of 32 inputs (csrc/ops.h):
-
-    masks          [panels, blocks, 16] int32, bit 2n + j of mask q = row n, input 2q + j of the block is kept
-    values         [kept] in the order of the bits, and 64 bytes of zeros that a vector load may touch
-    panel_offsets  [panels + 1] int64, where each panel's values start
-
-The CUDA kernel reads the format as it is saved.
+The CPU kernels read the weight in panels of 16 outputs (bitmap_panels.py); the CUDA kernel reads it as it is saved.
 
 NaN and inf in x reach every output, as in the dense product. On a processor with AVX512_BF16 subnormal weights and
 inputs count as zero. No gradient passes: backward is an error.
@@ -18,15 +12,12 @@ inputs count as zero. No gradient passes: backward is an error.
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 
-from sparsekern.formats.bitmap import Bitmap, pack_bits, unpack_bits
-from sparsekern.ops import compiled
+from sparsekern.formats.bitmap import Bitmap
+from sparsekern.ops import bitmap_rows, compiled
+from sparsekern.ops.bitmap_panels import PANEL_ROWS, addresses, from_panels, to_panels
 from sparsekern.ops.kernel import Kernel, never_refuses
-
-PANEL_ROWS = 16
-BLOCK_INPUTS = 32
-TAIL_BYTES = 64
 
 _NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _CUDA_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -50,45 +41,6 @@ def reference(x: Tensor, packed: Bitmap, bias: Tensor | None) -> Tensor:
     return linear(x, packed.to_dense(), bias)
 
 
-def to_panels(packed: Bitmap) -> tuple[Tensor, Tensor, Tensor]:
-    """The masks, values and panel_offsets that the compiled kernels read."""
-    out_features, in_features = packed.shape
-    panels, blocks = -(-out_features // PANEL_ROWS), -(-in_features // BLOCK_INPUTS)
-    kept = _in_panel_order(packed.kept(), panels, blocks)  # [panels, blocks, 16, 32]
-    values = _in_panel_order(packed.to_dense(), panels, blocks)[kept]
-    masks = pack_bits(kept).view(torch.int32).view(panels, blocks, BLOCK_INPUTS // 2)
-    panel_offsets = torch.zeros(panels + 1, dtype=torch.int64, device=packed.device)
-    torch.cumsum(kept.flatten(1).sum(dim=1), dim=0, out=panel_offsets[1:])
-    return masks, pad(values, (0, TAIL_BYTES // values.itemsize)), panel_offsets
-
-
-def from_panels(operands: tuple[Tensor, ...], out_features: int, in_features: int) -> Bitmap:
-    """The inverse of `to_panels`, bit for bit."""
-    masks, values, panel_offsets = operands
-    in_order = unpack_bits(masks.unsqueeze(-1).view(torch.uint8), 2 * PANEL_ROWS)  # [panels, blocks, 16, 32]
-    dense_in_order = values.new_zeros(in_order.shape)
-    dense_in_order.masked_scatter_(in_order, values[: len(values) - TAIL_BYTES // values.itemsize])
-    kept = _in_row_order(in_order, out_features, in_features)
-    row_offsets = torch.zeros(out_features + 1, dtype=torch.int64, device=values.device)
-    torch.cumsum(kept.sum(dim=1), dim=0, out=row_offsets[1:])
-    return Bitmap(
-        _in_row_order(dense_in_order, out_features, in_features)[kept], pack_bits(kept), row_offsets, in_features
-    )
-
-
-def _in_panel_order(dense: Tensor, panels: int, blocks: int) -> Tensor:
-    out_features, in_features = dense.shape
-    padded = pad(dense, (0, blocks * BLOCK_INPUTS - in_features, 0, panels * PANEL_ROWS - out_features))
-    tiles = padded.view(panels, PANEL_ROWS, blocks, BLOCK_INPUTS // 2, 2)
-    return tiles.permute(0, 2, 3, 1, 4).reshape(panels, blocks, BLOCK_INPUTS // 2, 2 * PANEL_ROWS)
-
-
-def _in_row_order(tiles: Tensor, out_features: int, in_features: int) -> Tensor:
-    panels, blocks = tiles.shape[:2]
-    padded = tiles.view(panels, blocks, BLOCK_INPUTS // 2, PANEL_ROWS, 2).permute(0, 3, 1, 2, 4)
-    return padded.reshape(panels * PANEL_ROWS, blocks * BLOCK_INPUTS)[:out_features, :in_features]
-
-
 def _check(x: Tensor, values: Tensor, bias: Tensor | None, in_features: int) -> None:
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"x must end with in_features = {in_features}, got shape {list(x.shape)}")
@@ -98,21 +50,6 @@ def _check(x: Tensor, values: Tensor, bias: Tensor | None, in_features: int) -> 
         raise ValueError(f"bias must have the weight's dtype {values.dtype}, got {bias.dtype}")
     if x.device != values.device:
         raise ValueError(f"x must be on the weight's device {values.device}, got {x.device}")
-
-
-def _addresses(operands: tuple[Tensor, ...], out_features: int, in_features: int):
-    masks, values, panel_offsets = operands
-    return compiled.cpu().BitmapWeight(
-        _NAMES[values.dtype],
-        masks.data_ptr(),
-        masks.numel(),
-        values.data_ptr(),
-        values.numel(),
-        panel_offsets.data_ptr(),
-        panel_offsets.numel(),
-        out_features,
-        in_features,
-    )
 
 
 def sparse(
@@ -125,7 +62,7 @@ def sparse(
     """
     tokens, out_features = y.shape
     compiled.cpu().linear_bitmap(
-        _addresses(operands, out_features, in_features),
+        addresses(operands, out_features, in_features),
         x.data_ptr(),
         x.numel(),
         0 if bias is None else bias.data_ptr(),
@@ -140,7 +77,7 @@ def sparse(
 
 def expand(operands: tuple[Tensor, ...], dense: Tensor, panels: range, out_features: int, isa: str = "") -> None:
     """Write the rows of `panels` to dense [rows, in_features] with the compiled kernel of an instruction set."""
-    weight = _addresses(operands, out_features, dense.shape[1])
+    weight = addresses(operands, out_features, dense.shape[1])
     compiled.cpu().expand_bitmap(
         weight, dense.data_ptr(), dense.numel(), panels.start, panels.stop, torch.get_num_threads(), isa
     )
@@ -287,6 +224,7 @@ def _cuda_refuses(packed: Bitmap) -> str | None:
 
 
 def _as_saved(packed: Bitmap) -> tuple[Tensor, ...]:
+    bitmap_rows.validate(packed)
     return packed.values, packed.bitmap, packed.row_offsets
 
 

@@ -54,22 +54,6 @@ def test_the_reference_is_the_product(shape, dtype):
     assert_right(linear_bitmap.reference(x, Bitmap.pack(dense), bias), x, dense, bias)
 
 
-def test_the_panel_layout_is_as_written_in_ops_h():
-    dense = torch.zeros(18, 35)
-    dense[0, 0], dense[1, 0], dense[0, 1], dense[15, 1] = 1, 2, 3, 4  # panel 0, block 0, mask 0
-    dense[2, 31], dense[0, 34], dense[17, 3] = 5, 6, 7
-    masks, values, panel_offsets = linear_bitmap.to_panels(Bitmap.pack(dense))
-    assert masks.shape == (2, 2, 16)
-    expected = torch.zeros(2, 2, 16, dtype=torch.int64)
-    expected[0, 0, 0] = 0b0111 + (1 << 31)  # row 0 inputs 0 and 1, row 1 input 0, row 15 input 1
-    expected[0, 0, 15] = 1 << (2 * 2 + 1)
-    expected[0, 1, 1] = 1
-    expected[1, 0, 1] = 1 << (2 * 1 + 1)
-    assert torch.equal(masks.to(torch.int64) & 0xFFFFFFFF, expected)
-    assert values.tolist() == [1, 3, 2, 4, 5, 6, 7, *[0] * 16]
-    assert panel_offsets.tolist() == [0, 6, 7]
-
-
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("shape", [(1, 1), (7, 37), (100, 257), (257, 32), (0, 5), (5, 0)], ids=str)
@@ -135,6 +119,32 @@ def test_expansion_gives_the_dense_bits(isa, dtype):
         out = torch.full(rows.shape, float("nan"), dtype=dtype)
         linear_bitmap.expand(operands, out, panels, 100, isa)
         assert torch.equal(out, rows)
+
+
+@needs_cpu
+@every_set
+@dtypes
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_masks_that_lie_make_no_kernel_leave_the_values(tokens, isa, dtype):
+    """The result is wrong; what prepared the operands would have refused them. That nothing else is read is seen under
+    the address sanitizer, in tests/sanitized/."""
+    _, (masks, values, panel_offsets), x, _ = problem(37, 300, tokens, dtype)
+    lying = torch.full_like(masks, -1), values, panel_offsets
+    y = torch.full((tokens, 37), float("nan"), dtype=dtype)
+    linear_bitmap.sparse(x, lying, None, y, 300, isa)
+    linear_bitmap.expand(lying, torch.empty(37, 300, dtype=dtype), range(0, 3), 37, isa)
+    assert not y.isnan().any()
+
+
+@needs_cpu
+def test_every_kernel_prepares_only_what_is_consistent():
+    packed = Bitmap.pack(weight(7, 37))
+    flipped = packed.bitmap.clone()
+    flipped[3, 1] ^= 4
+    lying = Bitmap(packed.values, flipped, packed.row_offsets, 37)
+    for kernel in linear_bitmap.KERNELS:
+        with pytest.raises(ValueError, match="bitmap keeps .* weights in row 3, row_offsets say"):
+            kernel.prepare(lying)
 
 
 @needs_cpu

@@ -1,0 +1,267 @@
+// The part of sparsekern._cpu that is on packed weights: checks, casts the address, calls.
+
+#include <new>
+
+#include "bind_cpu.h"
+
+namespace sparsekern {
+namespace {
+
+py::tuple instruction_sets() { return names_of(kLinearBitmapSets); }
+
+std::string isa() { return py::cast<std::string>(instruction_sets()[0]); }
+
+void check_features(int64_t out_features, int64_t in_features) {
+  // 2^40 inputs or outputs cannot be an honest request, and their product would overflow
+  constexpr int64_t kMost = int64_t{1} << 40;
+  check(out_features >= 0 && out_features < kMost, "out_features is impossible: " + std::to_string(out_features));
+  check(in_features >= 0 && in_features < kMost, "in_features is impossible: " + std::to_string(in_features));
+}
+
+// A packed weight: addresses, and the sizes of what lies there.
+struct Weight {
+  BitmapWeight weight;
+  int64_t panels;
+
+  Weight(const std::string& dtype, Address masks, int64_t masks_size, Address values, int64_t values_size,
+         Address panel_offsets, int64_t panel_offsets_size, int64_t out_features, int64_t in_features)
+      : weight{dtype_of(dtype),
+               reinterpret_cast<const uint32_t*>(masks),
+               reinterpret_cast<const void*>(values),
+               reinterpret_cast<const int64_t*>(panel_offsets),
+               out_features,
+               in_features},
+        panels((out_features + kPanelRows - 1) / kPanelRows) {
+    check_features(out_features, in_features);
+    int64_t blocks = (in_features + kBlockInputs - 1) / kBlockInputs;
+    int64_t masks_needed;
+    const bool overflow = __builtin_mul_overflow(panels, blocks * kBlockMasks, &masks_needed);
+    check(!overflow && masks_size == masks_needed, "masks must hold panels * blocks * 16 words, got " +
+                                                       std::to_string(masks_size) + " for " + std::to_string(panels) +
+                                                       " panels of " + std::to_string(blocks) + " blocks");
+    check(panel_offsets_size == panels + 1, "panel_offsets must hold " + std::to_string(panels + 1) +
+                                                " offsets, got " + std::to_string(panel_offsets_size));
+    const int64_t tail = kTailBytes / value_bytes(weight.dtype);
+    const int64_t kept = values_size - tail;
+    check(weight.panel_offsets[0] == 0 && weight.panel_offsets[panels] == kept,
+          "panel_offsets must run from 0 to the " + std::to_string(kept) + " kept values, got " +
+              std::to_string(weight.panel_offsets[0]) + " to " + std::to_string(weight.panel_offsets[panels]));
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      check(weight.panel_offsets[panel] <= weight.panel_offsets[panel + 1],
+            "panel_offsets must not fall, panel " + std::to_string(panel) + " does");
+    }
+  }
+};
+
+// The same for a weight as it is saved. What its rows say is for the ops themselves to check.
+struct Rows {
+  BitmapRows rows;
+
+  Rows(const std::string& dtype, Address values, int64_t values_size, Address bitmap, int64_t bitmap_size,
+       Address row_offsets, int64_t row_offsets_size, int64_t out_features, int64_t in_features)
+      : rows{dtype_of(dtype),
+             reinterpret_cast<const void*>(values),
+             reinterpret_cast<const uint8_t*>(bitmap),
+             reinterpret_cast<const int64_t*>(row_offsets),
+             values_size,
+             out_features,
+             in_features} {
+    check_features(out_features, in_features);
+    check(values_size >= 0, "values_size must not be negative, got " + std::to_string(values_size));
+    int64_t bytes;
+    check(!__builtin_mul_overflow(out_features, bitmap_row_bytes(in_features), &bytes) && bitmap_size == bytes,
+          "bitmap must hold out_features rows of " + std::to_string(bitmap_row_bytes(in_features)) + " bytes, got " +
+              std::to_string(bitmap_size) + " in all");
+    check(row_offsets_size == out_features + 1, "row_offsets must hold " + std::to_string(out_features + 1) +
+                                                    " offsets, got " + std::to_string(row_offsets_size));
+    check(rows.row_offsets[0] == 0 && rows.row_offsets[out_features] == values_size,
+          "row_offsets must run from 0 to the " + std::to_string(values_size) + " values, got " +
+              std::to_string(rows.row_offsets[0]) + " to " + std::to_string(rows.row_offsets[out_features]));
+  }
+};
+
+DenseRows dense_rows(const std::string& dtype, Address weight, int64_t row_stride, int64_t out_features,
+                     int64_t in_features) {
+  check_features(out_features, in_features);
+  // 0: one row that stands for all
+  check(row_stride >= 0, "row_stride must not be negative, got " + std::to_string(row_stride));
+  return {dtype_of(dtype), reinterpret_cast<const void*>(weight), row_stride, out_features, in_features};
+}
+
+// What Python sees of a row: -1 when none is wrong.
+int64_t row_or_none(int64_t row) { return row == kNoRow ? -1 : row; }
+
+int64_t check_bitmap_checked(const Rows& packed, int threads, const std::string& isa) {
+  check_threads(threads);
+  const int set = find_set(kBitmapRowsSets, isa);
+  py::gil_scoped_release release;
+  return row_or_none(check_bitmap(packed.rows, set, threads));
+}
+
+int64_t bitmap_to_dense_checked(const Rows& packed, Address dense, int64_t dense_size, int threads,
+                                const std::string& isa) {
+  check_threads(threads);
+  int64_t needed;
+  check(!__builtin_mul_overflow(packed.rows.out_features, packed.rows.in_features, &needed) && dense_size == needed,
+        "dense must hold out_features * in_features elements, got " + std::to_string(dense_size));
+  const int set = find_set(kBitmapRowsSets, isa);
+  py::gil_scoped_release release;
+  return row_or_none(bitmap_to_dense(packed.rows, reinterpret_cast<void*>(dense), set, threads));
+}
+
+int64_t dense_to_bits_checked(const std::string& dtype, Address weight, int64_t row_stride, int64_t out_features,
+                              int64_t in_features, Address bitmap, int64_t bitmap_size, Address row_offsets,
+                              int64_t row_offsets_size, int threads, const std::string& isa) {
+  check_threads(threads);
+  const DenseRows dense = dense_rows(dtype, weight, row_stride, out_features, in_features);
+  int64_t bytes;
+  check(!__builtin_mul_overflow(out_features, bitmap_row_bytes(in_features), &bytes) && bitmap_size == bytes,
+        "bitmap must hold out_features rows, got " + std::to_string(bitmap_size) + " bytes");
+  check(row_offsets_size == out_features + 1, "row_offsets must hold " + std::to_string(out_features + 1) +
+                                                  " offsets, got " + std::to_string(row_offsets_size));
+  const int set = find_set(kBitmapRowsSets, isa);
+  py::gil_scoped_release release;
+  return dense_to_bits(dense, reinterpret_cast<uint8_t*>(bitmap), reinterpret_cast<int64_t*>(row_offsets), set,
+                       threads);
+}
+
+int64_t dense_to_values_checked(const Rows& packed, Address weight, int64_t row_stride, Address values,
+                                int64_t values_size, int threads, const std::string& isa) {
+  check_threads(threads);
+  check(values_size == packed.rows.kept,
+        "values must hold " + std::to_string(packed.rows.kept) + " elements, got " + std::to_string(values_size));
+  DenseRows dense = dense_rows("float32", weight, row_stride, packed.rows.out_features, packed.rows.in_features);
+  dense.dtype = packed.rows.dtype;
+  const int set = find_set(kBitmapRowsSets, isa);
+  py::gil_scoped_release release;
+  return row_or_none(dense_to_values(dense, packed.rows, reinterpret_cast<void*>(values), set, threads));
+}
+
+int64_t bitmap_to_panels_checked(const Rows& packed, Address masks, int64_t masks_size, Address values,
+                                 int64_t values_size, Address panel_offsets, int64_t panel_offsets_size, int threads,
+                                 const std::string& isa) {
+  check_threads(threads);
+  const int64_t panels = (packed.rows.out_features + kPanelRows - 1) / kPanelRows;
+  const int64_t blocks = (packed.rows.in_features + kBlockInputs - 1) / kBlockInputs;
+  int64_t needed;
+  check(!__builtin_mul_overflow(panels, blocks * kBlockMasks, &needed) && masks_size == needed,
+        "masks must hold panels * blocks * 16 words, got " + std::to_string(masks_size));
+  const int64_t with_tail = packed.rows.kept + kTailBytes / value_bytes(packed.rows.dtype);
+  check(values_size == with_tail,
+        "values must hold " + std::to_string(with_tail) + " elements, got " + std::to_string(values_size));
+  check(panel_offsets_size == panels + 1, "panel_offsets must hold " + std::to_string(panels + 1) + " offsets, got " +
+                                              std::to_string(panel_offsets_size));
+  const int set = find_set(kBitmapPanelsSets, isa);
+  py::gil_scoped_release release;
+  return row_or_none(bitmap_to_panels(packed.rows, reinterpret_cast<uint32_t*>(masks),
+                                      reinterpret_cast<void*>(values), reinterpret_cast<int64_t*>(panel_offsets), set,
+                                      threads));
+}
+
+int64_t panels_to_bitmap_checked(const Weight& packed, Address values, int64_t values_size, Address bitmap,
+                                 int64_t bitmap_size, Address row_offsets, int64_t row_offsets_size, int threads,
+                                 const std::string& isa) {
+  const BitmapWeight& weight = packed.weight;
+  check_threads(threads);
+  const int64_t kept = weight.panel_offsets[packed.panels];
+  check(values_size == kept,
+        "values must hold " + std::to_string(kept) + " elements, got " + std::to_string(values_size));
+  int64_t bytes;
+  check(!__builtin_mul_overflow(weight.out_features, bitmap_row_bytes(weight.in_features), &bytes) &&
+            bitmap_size == bytes,
+        "bitmap must hold out_features rows, got " + std::to_string(bitmap_size) + " bytes");
+  check(row_offsets_size == weight.out_features + 1, "row_offsets must hold " +
+                                                         std::to_string(weight.out_features + 1) + " offsets, got " +
+                                                         std::to_string(row_offsets_size));
+  const int set = find_set(kBitmapPanelsSets, isa);
+  py::gil_scoped_release release;
+  return row_or_none(panels_to_bitmap(weight, reinterpret_cast<void*>(values), reinterpret_cast<uint8_t*>(bitmap),
+                                      reinterpret_cast<int64_t*>(row_offsets), set, threads));
+}
+
+void check_product_dtype(const BitmapWeight& weight) {
+  check(weight.dtype != DType::kFloat16, "dtype must be bfloat16 or float32, got float16");
+}
+
+void linear_bitmap_checked(const Weight& packed, Address x, int64_t x_size, Address bias, int64_t bias_size, Address y,
+                           int64_t y_size, int64_t tokens, int threads, const std::string& isa) {
+  const BitmapWeight& weight = packed.weight;
+  check_product_dtype(weight);
+  check_threads(threads);
+  check(tokens >= 0, "tokens must not be negative, got " + std::to_string(tokens));
+  int64_t x_needed, y_needed;
+  check(!__builtin_mul_overflow(tokens, weight.in_features, &x_needed) && x_size == x_needed,
+        "x must hold tokens * in_features elements, got " + std::to_string(x_size));
+  check(!__builtin_mul_overflow(tokens, weight.out_features, &y_needed) && y_size == y_needed,
+        "y must hold tokens * out_features elements, got " + std::to_string(y_size));
+  check(bias == 0 || bias_size == weight.out_features,
+        "bias must hold " + std::to_string(weight.out_features) + " elements, got " + std::to_string(bias_size));
+  const int set = find_set(kLinearBitmapSets, isa);
+  if (y_needed == 0) return;
+  bool done;
+  {
+    py::gil_scoped_release release;
+    done = linear_bitmap(weight, reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(bias),
+                         reinterpret_cast<void*>(y), tokens, set, threads);
+  }
+  if (!done) throw std::bad_alloc();
+}
+
+void expand_bitmap_checked(const Weight& packed, Address dense, int64_t dense_size, int64_t first_panel,
+                           int64_t end_panel, int threads, const std::string& isa) {
+  const BitmapWeight& weight = packed.weight;
+  check_product_dtype(weight);
+  check_threads(threads);
+  check(0 <= first_panel && first_panel <= end_panel && end_panel <= packed.panels,
+        "panels must lie in 0.." + std::to_string(packed.panels) + ", got " + std::to_string(first_panel) + ".." +
+            std::to_string(end_panel));
+  const int64_t end_row =
+      end_panel * kPanelRows < weight.out_features ? end_panel * kPanelRows : weight.out_features;
+  const int64_t rows = first_panel < end_panel ? end_row - first_panel * kPanelRows : 0;
+  check(dense_size == rows * weight.in_features,
+        "dense must hold " + std::to_string(rows * weight.in_features) + " elements, got " + std::to_string(dense_size));
+  const int set = find_set(kLinearBitmapSets, isa);
+  if (dense_size == 0) return;
+  py::gil_scoped_release release;
+  expand_bitmap(weight, reinterpret_cast<void*>(dense), first_panel, end_panel, set, threads);
+}
+
+}  // namespace
+
+void bind_bitmap(py::module_& module) {
+  module.attr("PANEL_ROWS") = kPanelRows;
+  module.def("isa", isa, "The instruction set that is used: the best this machine has.");
+  module.def("instruction_sets", instruction_sets, "Those this machine has, best first.");
+
+  py::class_<Weight>(module, "BitmapWeight", "Addresses and sizes of a packed weight; see csrc/ops.h.")
+      .def(py::init<const std::string&, Address, int64_t, Address, int64_t, Address, int64_t, int64_t, int64_t>(),
+           py::arg("dtype"), py::arg("masks"), py::arg("masks_size"), py::arg("values"), py::arg("values_size"),
+           py::arg("panel_offsets"), py::arg("panel_offsets_size"), py::arg("out_features"), py::arg("in_features"));
+  module.def("linear_bitmap", linear_bitmap_checked, py::arg("weight"), py::arg("x"), py::arg("x_size"),
+             py::arg("bias"), py::arg("bias_size"), py::arg("y"), py::arg("y_size"), py::arg("tokens"),
+             py::arg("threads"), py::arg("isa") = "");
+  module.def("expand_bitmap", expand_bitmap_checked, py::arg("weight"), py::arg("dense"), py::arg("dense_size"),
+             py::arg("first_panel"), py::arg("end_panel"), py::arg("threads"), py::arg("isa") = "");
+  py::class_<Rows>(module, "BitmapRows", "Addresses and sizes of a weight as it is saved; see csrc/ops.h.")
+      .def(py::init<const std::string&, Address, int64_t, Address, int64_t, Address, int64_t, int64_t, int64_t>(),
+           py::arg("dtype"), py::arg("values"), py::arg("values_size"), py::arg("bitmap"), py::arg("bitmap_size"),
+           py::arg("row_offsets"), py::arg("row_offsets_size"), py::arg("out_features"), py::arg("in_features"));
+  module.def("bitmap_rows_sets", [] { return names_of(kBitmapRowsSets); }, "Those this machine has, best first.");
+  module.def("check_bitmap", check_bitmap_checked, py::arg("packed"), py::arg("threads"), py::arg("isa") = "");
+  module.def("bitmap_to_dense", bitmap_to_dense_checked, py::arg("packed"), py::arg("dense"), py::arg("dense_size"),
+             py::arg("threads"), py::arg("isa") = "");
+  module.def("dense_to_bits", dense_to_bits_checked, py::arg("dtype"), py::arg("weight"), py::arg("row_stride"),
+             py::arg("out_features"), py::arg("in_features"), py::arg("bitmap"), py::arg("bitmap_size"),
+             py::arg("row_offsets"), py::arg("row_offsets_size"), py::arg("threads"), py::arg("isa") = "");
+  module.def("dense_to_values", dense_to_values_checked, py::arg("packed"), py::arg("weight"), py::arg("row_stride"),
+             py::arg("values"), py::arg("values_size"), py::arg("threads"), py::arg("isa") = "");
+  module.def("bitmap_panels_sets", [] { return names_of(kBitmapPanelsSets); }, "Those this machine has, best first.");
+  module.def("bitmap_to_panels", bitmap_to_panels_checked, py::arg("packed"), py::arg("masks"), py::arg("masks_size"),
+             py::arg("values"), py::arg("values_size"), py::arg("panel_offsets"), py::arg("panel_offsets_size"),
+             py::arg("threads"), py::arg("isa") = "");
+  module.def("panels_to_bitmap", panels_to_bitmap_checked, py::arg("weight"), py::arg("values"),
+             py::arg("values_size"), py::arg("bitmap"), py::arg("bitmap_size"), py::arg("row_offsets"),
+             py::arg("row_offsets_size"), py::arg("threads"), py::arg("isa") = "");
+}
+
+}  // namespace sparsekern
