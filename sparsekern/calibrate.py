@@ -11,10 +11,9 @@ weight changes the first batch is replayed through all blocks, and each must get
 bit.
 """
 
-import hashlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -22,8 +21,10 @@ from torch import Tensor, nn
 
 from sparsekern import hf
 from sparsekern.batches import Batch, Padding, by_name, map_tensors, read_batches
-from sparsekern.experts import Expert, RoutedTokens, borrow
+from sparsekern.experts import borrow
 from sparsekern.finishing import Call, first_tensor
+from sparsekern.residence import InMemory
+from sparsekern.traces import Block, LayersPartedError, Reads, StoppedError, Trace, returning, watched
 
 # what a block raises when replay feeds it something that its model never would
 REPLAY_FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
@@ -39,6 +40,8 @@ class Walk:
                with experts to borrow for it has `tokens` and count(other, times)
     finish     called with a block's name, the block and its calls, one a batch, when its layers have been changed; no
                calls for a block that runs several times in one forward. It may change the block further
+    over       called with a block's name when nothing of it will change any more
+    residence  where the weights are when they are not in memory; blocks that it knows as finished are not yielded
 
     Layers that read the same tensor (q, k, v) share one stats object. An expert of a 3-D parameter (hf.Expert) counts
     the tokens routed to it, and borrows when those are few (experts.borrow). A layer may be changed from when it is
@@ -61,13 +64,16 @@ class Walk:
         batches: Iterable[Batch],
         statistic: Callable[[int, torch.device], Any],
         finish: Callable[[str, nn.Module, list[Call]], None] | None = None,
+        over: Callable[[str], None] = lambda block: None,
+        residence: InMemory | None = None,
     ):
         layers = hf.layers(model)
         if not layers:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in hf.skipped(model)[:3])
             raise ValueError(f"{type(model).__name__} has no layer to prune ({reasons})")
+        self._residence, self._over = residence or InMemory(), over
         for name, layer in layers:
-            if hf.weight(layer).is_meta:
+            if hf.weight(layer).is_meta and self._residence.device is None:
                 raise ValueError(f"{name}: weight is on the meta device; load the model without device_map offloading")
         self.layers = [name for name, _ in layers]
         self.blocks = [name for name, _ in hf.blocks(model)]
@@ -75,8 +81,9 @@ class Walk:
         self.why: str | None = None
         self.never_called: list[str] = []
         self.borrowed: dict[str, str] = {}
-        self._model, self._statistic, self._device = model, statistic, hf.weight(layers[0][1]).device
-        self._blocks = [_Block(name, module, layers) for name, module in hf.blocks(model)]
+        self._model, self._statistic = model, statistic
+        self._device = self._residence.device or hf.weight(layers[0][1]).device
+        self._blocks = [Block(name, module, layers) for name, module in hf.blocks(model)]
         self._batches = read_batches(batches)
         self._finish = finish
         if finish is not None and len(self._batches) < 2:
@@ -88,28 +95,49 @@ class Walk:
         self.how = "prefix" if self.why else "replay"
         called = {trace.block.name for trace in traces}
         self.never_called = [name for block in self._blocks if block.name not in called for name in block.layers]
-        done: list[_Block] = []
+        done: list[Block] = []
         outputs: dict[tuple[str, int], Any] = {}
         dense: dict[tuple[str, int], Any] = {}
-        for trace in traces:
-            block = trace.block
-            calls = self._calls(trace, done, outputs, dense) if self._finish is not None else []
-            stats = self._collect(trace, done, outputs)
-            self.borrowed |= borrow(block.experts, stats, self._statistic)
-            self.never_called += [name for name in block.layers if name not in stats]
-            for name, layer in block.layers.items():
-                if name in stats:
-                    # popped: the consumer's reference is the last
-                    yield name, layer, stats.pop(name)
-            if self._finish is not None:
-                with hf.evaluating(self._model):
-                    self._finish(block.name, block.module, calls)
-                del calls
-            if self.how == "replay" and trace is not traces[-1]:
-                with hf.evaluating(self._model):
-                    for number in range(len(self._batches)):
-                        outputs[block.stack, number] = self._forward(number, trace, done, outputs)
+        to_do = [number for number, trace in enumerate(traces) if not self._residence.finished(trace.block.name)]
+        for number, trace in enumerate(traces):
+            block, read_on = trace.block, self.how == "replay" and number < max(to_do, default=0)
+            if number in to_do:
+                with self._residence.held(block.name):
+                    yield from self._visit(trace, done, outputs, dense)
+                    if read_on:
+                        self._put_out(trace, done, outputs)
+                    self._over(block.name)
+            else:
+                if read_on and self._finish is not None:
+                    # later blocks aim at what the dense model puts out
+                    with self._residence.held(block.name, dense=True):
+                        self._put_out(trace, done, dense)
+                if read_on:
+                    self._put_out(trace, done, outputs)
+                self._over(block.name)
+            if read_on:
                 done.append(block)
+
+    def _visit(self, trace: Trace, done: list[Block], outputs: dict, dense: dict) -> Iterator[tuple]:
+        """The layers of one block, each to be changed when it is yielded."""
+        block = trace.block
+        calls = self._calls(trace, done, outputs, dense) if self._finish is not None else []
+        stats = self._collect(trace, done, outputs)
+        self.borrowed |= borrow(block.experts, stats, self._statistic)
+        self.never_called += [name for name in block.layers if name not in stats]
+        for name, layer in block.layers.items():
+            if name in stats:
+                # popped: the consumer's reference is the last
+                yield name, layer, stats.pop(name)
+        if self._finish is not None:
+            with hf.evaluating(self._model):
+                self._finish(block.name, block.module, calls)
+
+    def _put_out(self, trace: Trace, done: list[Block], outputs: dict) -> None:
+        """Note what a block puts out on every batch."""
+        with hf.evaluating(self._model):
+            for number in range(len(self._batches)):
+                outputs[trace.block.stack, number] = self._forward(number, trace, done, outputs)
 
     def first_output(self) -> Any:
         """What the model puts out on the first batch, run as the walk runs it."""
@@ -117,29 +145,29 @@ class Walk:
             args, kwargs = self._batch(0)
             return self._model(*args, **kwargs)
 
-    def _plain_forward(self) -> "list[_Trace]":
+    def _plain_forward(self) -> list[Trace]:
         """What an ordinary forward of the first batch does with each block, in the order they run."""
-        ran: dict[str, _Trace] = {}
+        ran: dict[str, Trace] = {}
         with hf.evaluating(self._model), ExitStack() as watches:
             for block in self._blocks:
-                watches.enter_context(_Trace(block).watching(ran))
+                watches.enter_context(Trace(block).watching(ran))
             args, kwargs = self._batch(0)
             self._model(*args, **kwargs)
         if not ran:
             raise hf.UnknownModelError(f"{type(self._model).__name__} calls none of its blocks on the first batch")
         return list(ran.values())
 
-    def _why_not_replay(self, traces: "list[_Trace]") -> str | None:
+    def _why_not_replay(self, traces: list[Trace]) -> str | None:
         """Replay the first batch through all blocks, exactly as the walk will; None when each got what it should."""
-        done: list[_Block] = []
+        done: list[Block] = []
         outputs: dict[tuple[str, int], Any] = {}
         for trace in traces:
             block = trace.block
             if trace.calls > 1:
                 return f"{block.name} runs {trace.calls} times in one forward"
-            replayed: dict[str, _Trace] = {}
+            replayed: dict[str, Trace] = {}
             try:
-                with hf.evaluating(self._model), _Trace(block).watching(replayed):
+                with hf.evaluating(self._model), Trace(block).watching(replayed):
                     outputs[block.stack, 0] = self._forward(0, trace, done, outputs)
             except torch.OutOfMemoryError:
                 raise
@@ -151,20 +179,20 @@ class Walk:
             done.append(block)
         return None
 
-    def _collect(self, trace: "_Trace", done: "list[_Block]", outputs: dict) -> dict[str, Any]:
+    def _collect(self, trace: Trace, done: list[Block], outputs: dict) -> dict[str, Any]:
         """The statistics of one block's layers by name, from all batches; without the layers that no token reached."""
         # left before the second try: the exception holds the statistics of the first
-        with suppress(_LayersPartedError):
+        with suppress(LayersPartedError):
             return self._gather(trace, trace.leaders(), done, outputs)
         # a later batch took another way through the block: then nobody shares
         return self._gather(trace, {name: name for name in trace.block.layers}, done, outputs)
 
-    def _gather(self, trace: "_Trace", leaders: dict[str, str], done: "list[_Block]", outputs: dict) -> dict[str, Any]:
+    def _gather(self, trace: Trace, leaders: dict[str, str], done: list[Block], outputs: dict) -> dict[str, Any]:
         """leaders: for each layer the one whose statistics it shares, perhaps its own."""
         stats: dict[str, Any] = {}
         with hf.evaluating(self._model):
             for number in range(len(self._batches)):
-                reads = _Reads()
+                reads = Reads()
                 padding = Padding(self._batches[number])
 
                 def add(name: str, remove: Callable[..., Tensor], *x: Any, number=number) -> None:
@@ -186,13 +214,13 @@ class Walk:
                 def routed(name: str, *x: Any, add=add, padding=padding) -> None:
                     add(name, padding.removed_from_some, *x)
 
-                with _watched(trace.block, padding.enter, read, reads.forget, routed):
+                with watched(trace.block, padding.enter, read, reads.forget, routed):
                     self._forward(number, trace, done, outputs)
                 if any(reads.of(name) != reads.of(leader) for name, leader in leaders.items()):
-                    raise _LayersPartedError
+                    raise LayersPartedError
         return {name: stats[leader] for name, leader in leaders.items() if leader in stats}
 
-    def _calls(self, trace: "_Trace", done: "list[_Block]", outputs: dict, dense: dict) -> list[Call]:
+    def _calls(self, trace: Trace, done: list[Block], outputs: dict, dense: dict) -> list[Call]:
         """How a block is called on every batch that reaches it, aiming at what it puts out while it is dense.
 
         outputs  of the blocks that are done
@@ -202,7 +230,7 @@ class Walk:
         calls = []
 
         def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            raise _StoppedError((args, kwargs))
+            raise StoppedError((args, kwargs))
 
         with hf.evaluating(self._model):
             for number in range(len(self._batches)) if trace.calls == 1 else ():
@@ -217,18 +245,18 @@ class Walk:
                     calls.append(Call(*called, first_tensor(target), padding.removed))
         return calls
 
-    def _forward(self, number: int, trace: "_Trace", done: "list[_Block]", outputs: dict) -> Any:
+    def _forward(self, number: int, trace: Trace, done: list[Block], outputs: dict) -> Any:
         """Run batch `number` through the model up to and including a block; returns what the block put out."""
 
         def stop(output: Any) -> None:
             # a block that runs several times has more to come
             if trace.calls == 1:
-                raise _StoppedError(output)
+                raise StoppedError(output)
 
-        with _watched(trace.block, leave=stop):
+        with watched(trace.block, leave=stop):
             return self._run(number, done, outputs)
 
-    def _run(self, number: int, done: "list[_Block]", outputs: dict) -> Any:
+    def _run(self, number: int, done: list[Block], outputs: dict) -> Any:
         """Run batch `number` through the model, blocks that are done returning `outputs`, until a hook stops it.
 
         Returns what the hook has to say, None when none stopped it.
@@ -236,10 +264,10 @@ class Walk:
         args, kwargs = self._batch(number)
         with ExitStack() as stack:
             for block in done:
-                stack.enter_context(_returning(block.module, outputs[block.stack, number]))
+                stack.enter_context(returning(block.module, outputs[block.stack, number]))
             try:
                 self._model(*args, **kwargs)
-            except _StoppedError as stopped:
+            except StoppedError as stopped:
                 return stopped.said
         return None
 
@@ -250,142 +278,3 @@ class Walk:
         if isinstance(batch, Tensor):
             return (batch.to(self._device),), extra
         return (), {key: map_tensors(batch[key], lambda t: t.to(self._device)) for key in batch} | extra
-
-
-class _StoppedError(Exception):
-    """The forward has come as far as it is wanted."""
-
-    def __init__(self, said: Any):
-        super().__init__()
-        self.said = said
-
-
-class _LayersPartedError(Exception):
-    """Layers that shared an input on the first batch do not on another."""
-
-
-class _Block:
-    def __init__(self, name: str, module: nn.Module, layers: list[tuple[str, hf.Layer]]):
-        self.name, self.module = name, module
-        # blocks of one ModuleList hand on to each other; an encoder's last output is still read when a decoder runs
-        self.stack = name.rpartition(".")[0]
-        self.layers = {layer_name: layer for layer_name, layer in layers if layer_name.startswith(f"{name}.")}
-        self.experts = {layer_name: layer for layer_name, layer in self.layers.items() if isinstance(layer, Expert)}
-
-
-class _Trace:
-    """What a forward did with a block: how often it ran, on what, and which tensors its layers read."""
-
-    def __init__(self, block: _Block):
-        self.block, self.calls = block, 0
-        self.inputs: list[Any] = []
-        self._reads = _Reads()
-
-    @contextmanager
-    def watching(self, ran: "dict[str, _Trace]") -> Iterator[None]:
-        """While open, note what happens; a block that runs enters itself in `ran`."""
-
-        def enter(arguments: Mapping[str, Any]) -> None:
-            ran[self.block.name] = self
-            self.calls += 1
-            self.inputs.append(_fingerprint(arguments))
-
-        with _watched(self.block, enter=enter, read=self._reads.note, leave=self._reads.forget):
-            yield
-
-    def leaders(self) -> dict[str, str]:
-        """For each layer the first one that reads the same tensors; itself for one that reads none."""
-        first: dict[tuple[int, ...], str] = {}
-        return {name: first.setdefault(self._reads.of(name) or (name,), name) for name in self.block.layers}
-
-
-class _Reads:
-    """Which tensor each layer reads, as numbers: the same number is the same memory, not written to in between."""
-
-    def __init__(self):
-        self._numbers: dict[str, list[int]] = {}
-        # kept alive, or an address could come back with other content
-        self._alive: dict[tuple, tuple[int, Tensor]] = {}
-        self._next = 0
-
-    def note(self, name: str, x: Tensor) -> None:
-        key = (x.data_ptr(), x.dtype, x.shape, x.stride(), x._version)
-        if key not in self._alive:
-            self._alive[key] = self._next, x
-            self._next += 1
-        self._numbers.setdefault(name, []).append(self._alive[key][0])
-
-    def of(self, name: str) -> tuple[int, ...]:
-        return tuple(self._numbers.get(name, ()))
-
-    def forget(self, _: Any = None) -> None:
-        self._alive.clear()
-
-
-@contextmanager
-def _watched(
-    block: _Block,
-    enter: Callable[[Mapping[str, Any]], None] = lambda arguments: None,
-    read: Callable[[str, Tensor], None] | None = None,
-    leave: Callable[[Any], None] = lambda output: None,
-    routed: Callable[[str, Tensor, Tensor | None, int], None] | None = None,
-) -> Iterator[None]:
-    """While open, call `enter` with the block's arguments by name, `read` with its layers' inputs, `leave` after it.
-
-    routed  as RoutedTokens calls it, for the block's experts
-    """
-    running = False
-
-    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        nonlocal running
-        running = True
-        enter(by_name(module, args, kwargs))
-
-    def after(module: nn.Module, args: tuple, output: Any) -> None:
-        nonlocal running
-        running = False
-        leave(output)
-
-    def reader(name: str) -> Callable:
-        def hook(layer: nn.Module, args: tuple, kwargs: dict) -> None:
-            # a layer may be shared with another block, whose turn this is not
-            if running:
-                read(name, args[0] if args else next(iter(kwargs.values())))
-
-        return hook
-
-    with ExitStack() as hooks:
-        hooks.callback(block.module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        hooks.callback(block.module.register_forward_hook(after).remove)
-        if routed is not None and block.experts:
-            hooks.enter_context(RoutedTokens(block.experts, lambda *what: routed(*what) if running else None))
-        layers = {name: layer for name, layer in block.layers.items() if name not in block.experts}
-        for name, layer in layers.items() if read is not None else ():
-            hooks.callback(layer.register_forward_pre_hook(reader(name), with_kwargs=True).remove)
-        yield
-
-
-@contextmanager
-def _returning(module: nn.Module, output: Any) -> Iterator[None]:
-    """While open, the module does nothing but return a copy of `output`."""
-    own = module.__dict__.get("forward")
-    # a copy: what comes after may write to it
-    module.forward = lambda *args, **kwargs: map_tensors(output, Tensor.clone)
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
-
-
-def _fingerprint(value: Any) -> Any:
-    """Equal for equal values, tensors bit for bit, at the size of a hash."""
-    if isinstance(value, Tensor):
-        octets = value.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
-        return value.dtype, value.shape, hashlib.sha256(octets).digest()
-    if isinstance(value, tuple | list):
-        return tuple(_fingerprint(item) for item in value)
-    if isinstance(value, Mapping):
-        return tuple((key, _fingerprint(item)) for key, item in value.items())
-    return value if isinstance(value, int | float | str | None) else type(value)

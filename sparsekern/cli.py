@@ -26,8 +26,9 @@ class _Commands(TyperGroup):
         except (ValueError, OSError, UnknownModelError, LockedError, torch.linalg.LinAlgError) as error:
             _complain(f"error: {error}")
             sys.exit(BAD_INPUT)
-        except KeyboardInterrupt:
-            _complain("interrupted: a directory is written whole or not at all")
+        except KeyboardInterrupt as error:
+            # a run that can go on says so itself
+            _complain(str(error) or "interrupted: a directory is written whole or not at all")
             sys.exit(INTERRUPTED)
 
 

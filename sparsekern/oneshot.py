@@ -1,8 +1,9 @@
 """prune(): one method over a whole model, one decoder block after the other."""
 
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from fnmatch import fnmatch
 from typing import Any
 
@@ -13,85 +14,13 @@ from torch import Tensor, nn
 
 from sparsekern import hf
 from sparsekern.calibrate import Walk
-from sparsekern.finishing import BlockReport, Call, Finish
+from sparsekern.finishing import Call, Finish
 from sparsekern.gradients import squared_gradients
 from sparsekern.methods import Refine
 from sparsekern.pattern import Pattern, Unstructured, as_pattern
+from sparsekern.report import LayerReport, PruneReport, Told
+from sparsekern.residence import InMemory
 from sparsekern.stats import GradSquare, Gram, InputNorm
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What pruning did to one layer.
-
-    error           ||X (W - W')^T|| / ||X W^T|| on the calibration tokens, None without statistics
-    held_out_error  the same on tokens that the method did not see
-    damping         what the factorisation of H took, None where none was needed
-    retries         how often that had to be raised, ten times each time, before H could be factored
-    dead_inputs     inputs that were zero on every token
-    fallback        what the statistics of an expert with too few tokens are made of; None: of its own tokens alone
-    """
-
-    name: str
-    out_features: int
-    in_features: int
-    sparsity: float
-    error: float | None
-    held_out_error: float | None
-    damping: float | None
-    dead_inputs: int | None
-    seconds: float
-    fallback: str | None = None
-    retries: int | None = None
-
-
-@dataclass
-class PruneReport:
-    """What pruning did to a model: `layers` in order, `skipped` ones with the reason, `blocks` that were finished.
-
-    calibration  how it went: replay, or prefix and why
-    finish       what the blocks were finished by, None for nothing
-    grid         the integers that kept weights were moved to, and how they are stored; None for none
-    """
-
-    method: str
-    pattern: str
-    layers: list[LayerReport] = field(default_factory=list)
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-    calibration: str = "none"
-    seconds: float = 0.0
-    blocks: list[BlockReport] = field(default_factory=list)
-    finish: str | None = None
-    grid: str | None = None
-
-    @property
-    def sparsity(self) -> float:
-        """Over all pruned layers, by weights."""
-        sizes = [layer.out_features * layer.in_features for layer in self.layers]
-        zeros = [layer.sparsity * size for layer, size in zip(self.layers, sizes, strict=True)]
-        return sum(zeros) / max(sum(sizes), 1)
-
-    @property
-    def held_out_error(self) -> float | None:
-        """The mean over the layers."""
-        errors = [layer.held_out_error for layer in self.layers if layer.held_out_error is not None]
-        return sum(errors) / len(errors) if errors else None
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "sparsity": self.sparsity, "held_out_error": self.held_out_error}
-
-    def __str__(self) -> str:
-        error = f", held-out error {self.held_out_error:.4f} a layer" if self.held_out_error is not None else ""
-        raised = sum(bool(layer.retries) for layer in self.layers)
-        error += f", {raised} layers needed more damping" if raised else ""
-        borrowed = sum(layer.fallback is not None for layer in self.layers)
-        error += f", {self.grid}" if self.grid else ""
-        error += f", {sum(block.kept for block in self.blocks)} blocks finished" if self.blocks else ""
-        error += f", {borrowed} experts fell back" if borrowed else ""
-        return (
-            f"{self.method} {self.pattern}: {len(self.layers)} layers, sparsity {self.sparsity:.2%}{error}, "
-            f"{len(self.skipped)} skipped, {self.seconds:.1f} s"
-        )
 
 
 def prune(
@@ -105,6 +34,7 @@ def prune(
     skip: Iterable[str] = (),
     errors: bool = True,
     progress: bool = False,
+    residence: InMemory | None = None,
 ) -> PruneReport:
     """Prune the Linear layers and experts of the model's blocks in place; their weights then hold zeros.
 
@@ -120,16 +50,18 @@ def prune(
     errors       gather a Gram matrix of every input for the report; False gathers only what the method needs. A method
                  that needs gradients sees no inputs: its report holds no errors
     progress     show a progress bar on standard error
+    residence    where the weights are; None: in memory. prune_streaming() prunes a checkpoint from disk to disk
 
     Every layer is checked before the first weight changes. Raises ValueError naming the layer when the pattern does not
     fit it, its weight or an activation is not finite, or its weight is on the meta device; ValueError when the method
     needs calibration and there is none; RuntimeError when a Hessian cannot be factored.
     """
     started = time.perf_counter()
+    residence = residence or InMemory()
     method = Refine(method, refine) if refine else method
     if method.needs is not None and calibration is None:
         raise ValueError(f"{type(method).__name__} needs calibration batches, got None; Magnitude() does without")
-    layers, skipped = select(model, pattern, skip, method)
+    layers, skipped = select(model, pattern, skip, method, residence)
     names = {name for name, _ in layers}
     patterns = {name: as_pattern(pattern[name] if isinstance(pattern, Mapping) else pattern) for name in names}
     report = PruneReport(_words(method), _described(patterns), skipped=skipped, grid=_grid(method, layers))
@@ -151,9 +83,19 @@ def prune(
         elif pruned:
             report.skipped.append((name, "not finished: it runs several times in one forward, or on one batch only"))
 
+    told = Told(report)
+
+    def block_over(block: str) -> None:
+        if (before := residence.finished(block)) is not None:
+            bar.advance(task, told.again(before))
+        else:
+            residence.over(block, told.since())
+
     walk = None
     if calibration is not None and statistic is not None:
-        walk = Walk(model, calibration, statistic, None if finish is None else finish_block)
+        walk = Walk(
+            model, calibration, statistic, None if finish is None else finish_block, block_over, residence=residence
+        )
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, disable=not progress, console=Console(stderr=True)) as bar:
         task = bar.add_task("pruning", total=len(layers))
@@ -161,7 +103,7 @@ def prune(
         def show(done: int, total: int) -> None:
             bar.update(task, description=f"gradient {done} of {total}")
 
-        visits = walk or ((name, layer, None) for name, layer in layers)
+        visits = walk or _one_after_another(model, layers, residence, block_over)
         if differentiates:
             visits = squared_gradients(model, calibration, names, show)
         if across:
@@ -192,8 +134,11 @@ def select(
     pattern: Pattern | str | float | Mapping[str, Pattern | str | float],
     skip: Iterable[str] = (),
     method: Any = None,
+    residence: InMemory | None = None,
 ) -> tuple[list[tuple[str, hf.Layer]], list[tuple[str, str]]]:
     """The layers that prune() would prune, checked, and those it would leave dense with the reason; both with names.
+
+    residence  where the weights are; None: in memory
 
     Raises ValueError as prune() does.
     """
@@ -214,8 +159,12 @@ def select(
             )
         unnamed = [name for name, _ in layers if name not in pattern]
         layers = [(name, layer) for name, layer in layers if name in pattern]
-    for name, layer in layers:
-        _check(name, layer, as_pattern(pattern[name] if isinstance(pattern, Mapping) else pattern), method)
+    residence = residence or InMemory()
+    for block, inside in _by_block(model, layers):
+        with nullcontext() if residence.checked else residence.held(block):
+            for name, layer in inside:
+                wanted = as_pattern(pattern[name] if isinstance(pattern, Mapping) else pattern)
+                _check(name, layer, wanted, method, residence)
     by_name = [(name, "skipped by name") for name, _ in left] + [(name, "no pattern names it") for name in unnamed]
     return layers, [*hf.skipped(model), *by_name]
 
@@ -285,9 +234,27 @@ def _spread(
     return next(iter(patterns.values())).spread(saliencies)
 
 
-def _check(name: str, layer: hf.Layer, pattern: Pattern, method: Any) -> None:
+def _by_block(model: nn.Module, layers: list[tuple[str, hf.Layer]]) -> Iterator[tuple[str, list[tuple[str, hf.Layer]]]]:
+    for block, _ in hf.blocks(model):
+        yield block, [(name, layer) for name, layer in layers if name.startswith(f"{block}.")]
+
+
+def _one_after_another(
+    model: nn.Module, layers: list[tuple[str, hf.Layer]], residence: InMemory, over: Callable[[str], None]
+) -> Iterator[tuple[str, hf.Layer, None]]:
+    """The layers without statistics, as Walk yields them with."""
+    for block, inside in _by_block(model, layers):
+        if residence.finished(block) is None:
+            with residence.held(block):
+                yield from ((name, layer, None) for name, layer in inside)
+                over(block)
+        else:
+            over(block)
+
+
+def _check(name: str, layer: hf.Layer, pattern: Pattern, method: Any, residence: InMemory) -> None:
     weight = hf.weight(layer)
-    if weight.is_meta:
+    if weight.is_meta and residence.device is None:
         raise ValueError(f"{name}: weight is on the meta device; load the model without offloading (device_map=None)")
     try:
         pattern.check(weight.shape[1])
@@ -295,7 +262,7 @@ def _check(name: str, layer: hf.Layer, pattern: Pattern, method: Any) -> None:
             method.check(weight.shape[1], pattern)
     except ValueError as error:
         raise ValueError(f"{name}: {error}; leave the layer dense with skip") from None
-    if not weight.isfinite().all():
+    if not residence.checked and not weight.isfinite().all():
         raise ValueError(f"{name}: weight holds {int((~weight.isfinite()).sum())} NaN or infinite values")
 
 

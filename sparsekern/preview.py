@@ -10,6 +10,7 @@ from sparsekern import hf
 from sparsekern.measure import weight_bytes
 from sparsekern.oneshot import select
 from sparsekern.pattern import Pattern
+from sparsekern.residence import InMemory
 from sparsekern.stats import GradSquare
 
 
@@ -51,9 +52,18 @@ class Preview:
         )
 
 
-def preview(model: nn.Module, pattern: Pattern, skip: Iterable[str] = (), method: Any = None) -> Preview:
-    """What prune() would do by `method`; None: by any that reads inputs. Raises ValueError where prune() would."""
-    layers, skipped = select(model, pattern, skip, method)
+def preview(
+    model: nn.Module,
+    pattern: Pattern,
+    skip: Iterable[str] = (),
+    method: Any = None,
+    residence: InMemory | None = None,
+) -> Preview:
+    """What prune() would do by `method`; None: by any that reads inputs. Raises ValueError where prune() would.
+
+    residence  where the weights are; None: in memory
+    """
+    layers, skipped = select(model, pattern, skip, method, residence)
     weights = {name: hf.weight(layer) for name, layer in layers}
     # transformers' Conv1D is pruned, and no SparseLinear takes its place
     packable = [hf.weight(layer) for _, layer in layers if type(layer) is nn.Linear]

@@ -36,20 +36,26 @@ def publish(directory: str | Path) -> Iterator[Path]:
     try:
         unfinished.mkdir()
         yield unfinished
-        _sync_below(unfinished)
-        refuse_existing(directory)
-        try:
-            # never replaces anything: on a directory that holds something, and on a file, it fails
-            os.rename(unfinished, directory)
-        except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                refuse_existing(directory)
-            raise
-        for parent in (directory.parent, *(path.parent for path in made)):
-            _sync(parent)
+        move(unfinished, directory)
+        for path in made:
+            _sync(path.parent)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
         os.close(held)
+
+
+def move(unfinished: Path, directory: Path) -> None:
+    """Give `unfinished`, of the same file system, its name, synced before and after; raises FileExistsError."""
+    _sync_below(unfinished)
+    refuse_existing(directory)
+    try:
+        # never replaces anything: on a directory that holds something, and on a file, it fails
+        os.rename(unfinished, directory)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            refuse_existing(directory)
+        raise
+    _sync(directory.parent)
 
 
 @contextmanager

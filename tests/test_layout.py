@@ -29,13 +29,22 @@ ARROWS = {
     "methods": {"pattern", "stats", "ops", "grid"},
     "experts": set(),
     "publish": set(),
+    "residence": set(),
+    "journal": set(),
+    "model_files": {"shards"},
+    "hf_weights": set(),
+    "paging": {"hf", "hf_weights", "model_files", "shards"},
     "hf_files": {"publish"},
     "hf": {"experts", "hf_files"},
     "batches": set(),
     "finishing": {"hf", "experts"},
-    "calibrate": {"hf", "experts", "batches", "finishing", "stats"},
+    "traces": {"hf", "experts", "batches"},
+    "calibrate": {"hf", "experts", "batches", "finishing", "residence", "traces"},
     "gradients": {"hf", "experts", "batches", "stats"},
-    "oneshot": {"pattern", "stats", "methods", "calibrate", "finishing", "gradients", "hf"},
+    "report": {"finishing"},
+    "oneshot": {*("pattern", "stats", "methods", "calibrate", "finishing", "gradients", "hf"), "report", "residence"},
+    "streaming": {*("oneshot", "paging", "journal", "publish", "residence", "report", "traces", "batches", "finishing")}
+    | {*("hf", "hf_weights", "model_files", "shards", "methods", "ops", "pattern", "stats")},
     "channel_order": {"pattern"},
     "channel_sites": {"hf"},
     "permute": {"channel_order", "channel_sites", "calibrate", "hf", "pattern", "stats"},
@@ -56,13 +65,13 @@ ARROWS = {
 }
 # the two halves meet in an ordinary nn.Linear whose weight holds zeros, and nowhere else
 PRUNE = {"batches", "calibrate", "experts", "gradients", "methods", "oneshot", "lottery", "permute", "allocation"} | {
-    *("fixed_masks", "gradual", "lottery_journal", "training")
+    *("fixed_masks", "gradual", "lottery_journal", "training", "streaming", "paging", "traces")
 }
 RUN = {"formats", "linear", "plan"}
 # commands and what they are made of: they may import everything, and of the rest only each other imports them
 DOORS = {"card", "cli", "commands", "demo", "doctor", "endtoend", "inspect", "preview", "speed"}
 # foreign thing -> where it is let in
-FOREIGN = {"transformers": ("hf.py", "hf_files.py", "hf_trainer.py"), "triton": ("ops/triton/",)}
+FOREIGN = {"transformers": ("hf.py", "hf_files.py", "hf_trainer.py", "hf_weights.py"), "triton": ("ops/triton/",)}
 
 
 def name(path):

@@ -8,22 +8,36 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from sparsekern import doctor, documents, hf
 from sparsekern.allocation import CANDIDATES, allocate
 from sparsekern.card import model_card
-from sparsekern.commands.arguments import AsJson, Dtype, Model, Seqlen, calibration_of, load, tokens_of, window
+from sparsekern.commands.arguments import (
+    AsJson,
+    Dtype,
+    Model,
+    Seqlen,
+    calibration_of,
+    dtype_of,
+    load,
+    tokens_of,
+    window,
+)
 from sparsekern.commands.output import measured_perplexity, print_result
 from sparsekern.finishing import Finish
 from sparsekern.measure import Perplexity
 from sparsekern.methods import GPTQ, METHODS, Refine, SparseGPT
-from sparsekern.oneshot import PruneReport
+from sparsekern.model_files import UnreadableError
 from sparsekern.oneshot import prune as prune_model
 from sparsekern.pattern import NM, as_pattern
 from sparsekern.permute import permute as permute_model
 from sparsekern.preview import preview
+from sparsekern.publish import refuse_existing
+from sparsekern.report import PruneReport
 from sparsekern.stats import GradSquare
+from sparsekern.streaming import OnDisk, prune_streaming, why_not_streaming, work_directory
 
 EXAMPLE = "`sparsekern prune MODEL --pattern 2:4 --calibration text.txt -o OUT`"
 
@@ -60,14 +74,21 @@ def command(
     ] = "uniform",
     heldout: Annotated[str | None, typer.Option(help="text to measure perplexity on, before and after")] = None,
     dtype: Dtype = "auto",
+    restart: Annotated[
+        bool, typer.Option("--restart", help="throw away what a run that was killed has done, instead of going on")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and do nothing")] = False,
     as_json: AsJson = False,
 ):
-    """Prune MODEL and write a checkpoint that plain transformers loads; its pruned weights are zeros."""
+    """Prune MODEL and write a checkpoint that plain transformers loads; its pruned weights are zeros.
+
+    A local MODEL is pruned a block at a time from disk to disk, where the settings allow it: it may be larger than the
+    memory, and the same command goes on after it was killed.
+    """
     settings, wanted = _method(method, refine, bits, group_size), as_pattern(pattern)
     fitting = Finish(finish) if finish else None
-    if output.exists() or output.is_symlink():
-        raise FileExistsError(f"{str(output)!r} exists already; remove it or choose another directory")
+    if not work_directory(output).exists():
+        refuse_existing(output)
     if (above := next(parent for parent in output.absolute().parents if parent.exists())).is_file():
         raise NotADirectoryError(f"{str(output)!r} cannot be made: {str(above)!r} is a file")
     if permute and not isinstance(wanted, NM):
@@ -88,17 +109,22 @@ def command(
     if calibration is None and any(needing.values()):
         what = next(what for what, asked in needing.items() if asked)
         raise ValueError(f"{what} needs --calibration: a file of text, .jsonl or .parquet, or a dataset name")
-    source = load(model, dtype)
+    on_disk, whole = _on_disk(model, output, dtype, settings, wanted, permute, allocation)
+    source = load(model, dtype) if on_disk is None else on_disk.model
     tokenizer, seqlen = hf.tokenizer(model), window(source, seqlen)
     batches = None
     if calibration is not None:
         batches = calibration_of(tokenizer, calibration, samples, seqlen, seed)
     test = tokens_of(tokenizer, heldout) if heldout is not None else None
-    # refuses what prune() would, before anything takes its time
-    planned = preview(source, wanted, skip or [], settings)
+    if dry_run or on_disk is None:
+        # refuses what prune() would, before anything takes its time
+        planned = preview(source, wanted, skip or [], settings, on_disk)
     if dry_run:
         print_result(planned.to_json(), as_json, lambda _: [str(planned), "nothing was written"])
         return
+    if whole is not None:
+        words = f"the whole model is in memory, and a run that is killed starts over: {whole}"
+        Console(stderr=True, soft_wrap=True).print(words, markup=False, highlight=False)
 
     perplexity = (
         {"before": measured_perplexity(source, test, seqlen, "dense perplexity")} if heldout is not None else None
@@ -109,29 +135,60 @@ def command(
         compared = {"candidates": CANDIDATES[allocation], "skip": skip or [], "progress": not as_json}
         allocated = allocate(source, settings, wanted, batches, **compared)
         wanted = allocated.patterns
-    report = prune_model(source, settings, wanted, batches, finish=fitting, skip=skip or [], progress=not as_json)
-    if perplexity is not None:
-        perplexity["after"] = measured_perplexity(source, test, seqlen, "pruned perplexity")
-
+    first = {name: done for name, done in (("permuted", permuted), ("allocated", allocated)) if done is not None}
     described = (
         f"{samples} windows of {seqlen} tokens of {documents.title(calibration)}, seed {seed}" if batches else "none"
     )
-    facts = _provenance(model)
+    facts = _provenance(model, on_disk)
     command = shlex.join(["sparsekern", *sys.argv[1:]])
-    figures = None if perplexity is None else {name: value.to_json() for name, value in perplexity.items()}
-    result = {"command": command, **facts, "calibration": described, "perplexity": figures, "report": report.to_json()}
-    first = {name: done for name, done in (("permuted", permuted), ("allocated", allocated)) if done is not None}
-    result |= {name: done.to_json() for name, done in first.items()}
-    files = {
-        "README.md": model_card(_name(model), command, report, described, perplexity, facts, first.values()),
-        "sparsekern.json": json.dumps(result, indent=1),
-    }
-    hf.save(source, tokenizer, output, files)
+    result: dict[str, Any] = {}
+
+    def files(report: PruneReport) -> dict[str, str]:
+        figures = None
+        if perplexity is not None:
+            perplexity["after"] = measured_perplexity(source, test, seqlen, "pruned perplexity")
+            figures = {name: value.to_json() for name, value in perplexity.items()}
+        result.update({"command": command, **facts, "calibration": described, "perplexity": figures})
+        result.update({"report": report.to_json(), **{name: done.to_json() for name, done in first.items()}})
+        return {
+            "README.md": model_card(_name(model), command, report, described, perplexity, facts, first.values()),
+            "sparsekern.json": json.dumps(result, indent=1),
+        }
+
+    how = {"finish": fitting, "skip": skip or [], "progress": not as_json}
+    if on_disk is None:
+        report = prune_model(source, settings, wanted, batches, **how)
+        hf.save(source, tokenizer, output, files(report))
+    else:
+        beside = {"tokenizer": tokenizer, "files": files, "restart": restart}
+        report = prune_streaming(on_disk, output, settings, wanted, batches, **how, **beside)
     print_result(
         result,
         as_json,
         lambda _: [*map(str, first.values()), *_prune_tables(report, perplexity), f"wrote {output}"],
     )
+
+
+def _on_disk(
+    model: str, output: Path, dtype: str, method: Any, pattern: Any, permute: bool, allocation: str
+) -> tuple[OnDisk | None, str | None]:
+    """The model, if it can be pruned a block at a time; else why it must be in memory as a whole."""
+    hf.quiet()
+    whole = why_not_streaming(method, pattern)
+    if permute:
+        whole = "--permute moves channels of all layers"
+    elif allocation != "uniform":
+        whole = f"--allocation {allocation} compares pruned models"
+    elif not Path(model).expanduser().is_dir():
+        whole = f"{model!r} is no local directory"
+    if whole is None:
+        try:
+            return OnDisk(model, dtype_of(dtype)), None
+        except UnreadableError as error:
+            whole = str(error)
+    # no name of an unfinished run may be taken
+    refuse_existing(output)
+    return None, whole
 
 
 def _method(name: str, refine: int, bits: int | None, group_size: int | None) -> Any:
@@ -169,9 +226,10 @@ def _name(source: str) -> str:
     return path.resolve().name if path.exists() else source
 
 
-def _provenance(model: str) -> dict[str, Any]:
+def _provenance(model: str, on_disk: OnDisk | None) -> dict[str, Any]:
     """What a reader needs to do the same again: versions and the hashes of the dense model's files."""
     facts = {name: version for name, version in doctor.libraries().items() if version}
     directory = Path(model).expanduser()
-    hashes = hf.fingerprint(directory) if directory.is_dir() else {}
+    hashes = hf.fingerprint(directory) if directory.is_dir() and on_disk is None else {}
+    hashes |= {} if on_disk is None else on_disk.fingerprint
     return {**facts, **{f"sha256 of the dense {name}": digest for name, digest in hashes.items()}}
