@@ -26,13 +26,18 @@ class SparseLinear(nn.Module):
 
     Only the tensors that the kernel reads are kept; `packed` and `weight` are rebuilt from them on demand. The state
     dict holds the dense weight, so that what is saved loads everywhere. Raises ValueError with every kernel's reason
-    when all refuse.
+    when all refuse, and for a bias that is not the weight's.
     """
 
     def __init__(self, packed: Packed, bias: Tensor | None = None, kernel: Kernel | None = None):
         super().__init__()
         self.out_features, self.in_features = packed.shape
         self.format = type(packed)
+        if bias is not None and (bias.shape != (self.out_features,) or bias.dtype != packed.dtype):
+            raise ValueError(
+                f"bias must be [{self.out_features}] in the weight's dtype {packed.dtype}, "
+                f"got {list(bias.shape)} in {bias.dtype}"
+            )
         self.register_buffer("bias", None if bias is None else bias.detach(), persistent=True)
         self._adopt(packed, kernel or pick(LINEAR_KERNELS[self.format], packed))
 
@@ -234,6 +239,8 @@ def _left_dense(name: str, linear: nn.Linear, skip: tuple[str, ...], shared: set
         return "skipped by name"
     if id(linear.weight) in shared:
         return "its weight is tied"
+    if linear.bias is not None and linear.bias.dtype != linear.weight.dtype:
+        return f"its bias is {linear.bias.dtype}, its weight {linear.weight.dtype}: torch multiplies no such two"
     if linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear):
         return "it has forward hooks, or its forward was replaced"
     return None

@@ -256,6 +256,8 @@ def _check(name: str, layer: hf.Layer, pattern: Pattern, method: Any, residence:
     weight = hf.weight(layer)
     if weight.is_meta and residence.device is None:
         raise ValueError(f"{name}: weight is on the meta device; load the model without offloading (device_map=None)")
+    if any(stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape, strict=True)):
+        raise ValueError(f"{name}: weight is expanded: several of its elements lie in one place; clone it first")
     try:
         pattern.check(weight.shape[1])
         if hasattr(method, "check"):
