@@ -7,7 +7,7 @@ other bit is kept.
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,49 +15,24 @@ import torch
 from torch import Tensor, nn
 
 from sparsekern import hf
+from sparsekern.convert import convert
 from sparsekern.linear import SparseLinear, as_served, densify, replace_module
 from sparsekern.manifest import (
     CONFIG,
-    INDEX,
-    STEM,
     Manifest,
     Packed,
     PackedLayer,
     check_sums,
-    quantization_config,
     read_manifest,
-    write_sums,
+    write_compressed,
 )
-from sparsekern.packing import choose, pack, part_of
+from sparsekern.packing import PackReport, choose, pack, part_of
 from sparsekern.plan import Plan, Unmeasured
 from sparsekern.publish import publish
-from sparsekern.shards import DTYPES, NAMES, Part, Reader, Stored, in_order, read_json, write
+from sparsekern.shards import DTYPES, NAMES, SHARD_BYTES, Part, Reader, Stored, in_order
 from sparsekern.state import Slot, fill, slots, tied
 
-SHARD_BYTES = 4_000_000_000
-
-
-@dataclass
-class SaveReport:
-    """What save() wrote: `packed` layers as config.json has them, `dense` linear layers with the reason, bytes of both.
-
-    bytes        of every tensor as it is stored
-    dense_bytes  what they would take unpacked
-    """
-
-    packed: dict[str, dict[str, Any]] = field(default_factory=dict)
-    dense: list[tuple[str, str]] = field(default_factory=list)
-    bytes: int = 0
-    dense_bytes: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def __str__(self) -> str:
-        return (
-            f"{len(self.packed)} layers packed, {len(self.dense)} linear layers stay dense: "
-            f"{self.dense_bytes:,} -> {self.bytes:,} bytes ({self.dense_bytes / max(self.bytes, 1):.2f}x smaller)"
-        )
+__all__ = ["PackReport", "VerifyReport", "convert", "load", "read_into", "save", "verify"]
 
 
 def save(
@@ -67,7 +42,7 @@ def save(
     *,
     files: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
-) -> SaveReport:
+) -> PackReport:
     """Write `model` as a compressed checkpoint, of transformers or any other nn.Module.
 
     tokenizer    or processor, saved beside the model
@@ -89,17 +64,6 @@ def save(
             (unfinished / name).write_text(content, encoding="utf-8")
         write_compressed(unfinished, layers, parts, shard_bytes)
     return report
-
-
-def write_compressed(
-    directory: Path, layers: Mapping[str, PackedLayer], parts: Iterable[Part], shard_bytes: int = SHARD_BYTES
-) -> None:
-    """Write the shards and their index, complete config.json, and sum every file that is there: the last step."""
-    index = write(directory, STEM, parts, shard_bytes)
-    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    config = read_json(directory / CONFIG) | {"quantization_config": quantization_config(layers)}
-    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    write_sums(directory)
 
 
 @dataclass
@@ -143,8 +107,7 @@ def verify(directory: str | Path, hashes: bool = True) -> VerifyReport:
     with Reader() as reader:
         for name in manifest.layers:
             manifest.packed(name, reader)
-            for stored in manifest.fields(name).values():
-                reader.forget(stored)
+            reader.forget()
     layers = {name: layer.to_json() for name, layer in manifest.layers.items()}
     stored = sum(stored.nbytes for stored in manifest.tensors.values())
     return VerifyReport(str(directory), layers, len(manifest.tensors), stored, _dense_bytes(manifest), digests)
@@ -200,12 +163,11 @@ def read_into(model: nn.Module, directory: str | Path, *, hashes: bool = True) -
         for name in manifest.layers:
             bias = manifest.tensors.get(f"{name}.bias")
             sparse[name] = _sparse_linear(model.get_submodule(name), manifest.packed(name, reader), bias, reader)
-            for stored in manifest.fields(name).values():
-                reader.forget(stored)
+            reader.forget()
         for name, stored in in_order(manifest.others()):
             if name in wanted:
                 fill(found, wanted[name], reader.read(stored))
-                reader.forget(stored)
+                reader.forget()
     # a module that stands in two places is replaced in both
     replaced = {id(model.get_submodule(name)): module for name, module in sparse.items()}
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -214,13 +176,13 @@ def read_into(model: nn.Module, directory: str | Path, *, hashes: bool = True) -
     return model
 
 
-def _pack(model: nn.Module) -> tuple[dict[str, PackedLayer], list[Part], SaveReport]:
+def _pack(model: nn.Module) -> tuple[dict[str, PackedLayer], list[Part], PackReport]:
     """How each tensor of `model` will be written."""
     if isinstance(model, SparseLinear) or type(model) is nn.Linear:
         raise ValueError("model is one layer, which has no name; put it into a module, such as nn.Sequential")
     layers: dict[str, PackedLayer] = {}
     parts: list[Part] = []
-    report = SaveReport()
+    report = PackReport()
     for name, module in model.named_modules():
         if isinstance(module, SparseLinear):
             layers[name] = PackedLayer.of(
@@ -239,19 +201,16 @@ def _pack(model: nn.Module) -> tuple[dict[str, PackedLayer], list[Part], SaveRep
         parts.append(Part({name: (tensor.dtype, tuple(tensor.shape))}, lambda name=name, tensor=tensor: {name: tensor}))
         if len(names) > 1:
             linear = (n for n in names if type(found[n].module) is nn.Linear and found[n].own == "weight")
-            report.dense += [(other.rpartition(".")[0], "its weight is tied") for other in linear]
+            report.left += [(other.rpartition(".")[0], "its weight is tied") for other in linear]
         elif type(module) is nn.Linear and found[name].own == "weight":
             layer = name.rpartition(".")[0]
             chosen = choose(tensor)
             if isinstance(chosen, str):
-                report.dense.append((layer, chosen))
+                report.left.append((layer, chosen))
                 continue
             layers[layer], kept = chosen
             format = layers[layer].format
             parts[-1] = part_of(layer, layers[layer], kept, lambda f=format, tensor=tensor: pack(tensor, f))
-    # shard by shard as the model runs
-    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
-    parts.sort(key=lambda part: order[next(iter(part.tensors)).rpartition(".")[0]])
     report.bytes = sum(part.nbytes for part in parts)
     report.packed = {name: layer.to_json() for name, layer in layers.items()}
     return layers, parts, report

@@ -11,6 +11,7 @@ Hidden files are no part of it, and a link may leave the directory only for the 
 """
 
 import hashlib
+import json
 import os
 import re
 import stat
@@ -24,7 +25,7 @@ import torch
 
 from sparsekern.formats import Bitmap, SemiStructured
 from sparsekern.formats.bitmap import DTYPES
-from sparsekern.shards import DAMAGED, Reader, Stored, read_header, read_json, shape_of
+from sparsekern.shards import DAMAGED, SHARD_BYTES, Part, Reader, Stored, read_header, read_json, shape_of, write
 
 Packed = Bitmap | SemiStructured
 
@@ -132,7 +133,7 @@ def read_manifest(directory: str | Path) -> Manifest:
     directory = Path(directory)
     if not directory.is_dir():
         raise ValueError(f"no such directory: {str(directory)!r}")
-    files = set(_files(directory))
+    files = set(files_below(directory))
     for needed in (CONFIG, INDEX):
         if needed not in files:
             raise ValueError(f"{str(directory)!r} is not a compressed checkpoint: it holds no {needed}")
@@ -177,9 +178,20 @@ def read_layers(config: Mapping[str, Any]) -> dict[str, PackedLayer]:
     return {name: _layer(name, entry) for name, entry in entries.items()}
 
 
+def write_compressed(
+    directory: Path, layers: Mapping[str, PackedLayer], parts: Iterable[Part], shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write the shards and their index, complete config.json, and sum every file that is there: the last step."""
+    index = write(directory, STEM, parts, shard_bytes)
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    config = read_json(directory / CONFIG) | {"quantization_config": quantization_config(layers)}
+    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_sums(directory)
+
+
 def write_sums(directory: Path) -> None:
     """Write SHA256SUMS over every other file of `directory`."""
-    names = sorted(_files(directory))
+    names = sorted(files_below(directory))
     if strange := [name for name in names if not _SUM.fullmatch(f"{'0' * 64}  {name}")]:
         raise ValueError(f"the names of files must have no backslash and no line break, got {strange[0]!r}")
     sums = "".join(f"{digest}  {name}\n" for name, digest in sha256(directory, names).items())
@@ -197,7 +209,7 @@ def check_sums(directory: Path) -> dict[str, str]:
             "hashes=False to go without"
         )
     # also refuses a link that leaves the directory
-    _regular(directory, SUMS)
+    regular(directory, SUMS)
     listed: dict[str, str] = {}
     text = (directory / SUMS).read_bytes().decode(errors="replace")
     for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
@@ -207,7 +219,7 @@ def check_sums(directory: Path) -> dict[str, str]:
         listed[matched[2]] = matched[1]
     if not text.endswith("\n"):
         raise ValueError(f"{SUMS}: must end with a line break; {DAMAGED}")
-    _same(SUMS, "the directory", "files", listed, _files(directory))
+    _same(SUMS, "the directory", "files", listed, files_below(directory))
     digests = sha256(directory, sorted(listed))
     if changed := [name for name in sorted(listed) if digests[name] != listed[name]]:
         more = f" ({len(changed)} files like this)" if len(changed) > 1 else ""
@@ -231,18 +243,18 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _files(directory: Path) -> Iterator[str]:
+def files_below(directory: Path) -> Iterator[str]:
     """Every regular file below `directory` but SHA256SUMS and what is hidden, as its path from there."""
     for folder, inner, names in os.walk(directory):
         inner[:] = [name for name in inner if not name.startswith(".")]
         for name in [*names, *(name for name in inner if os.path.islink(os.path.join(folder, name)))]:
             path = os.path.relpath(os.path.join(folder, name), directory)
             if not name.startswith(".") and path != SUMS:
-                _regular(directory, path)
+                regular(directory, path)
                 yield path
 
 
-def _regular(directory: Path, name: str) -> None:
+def regular(directory: Path, name: str) -> None:
     """Raises ValueError for what is no file, and for a link that leaves the directory."""
     path = directory / name
     real, root = path.resolve(), directory.resolve()

@@ -1,6 +1,8 @@
 """packing: in which format a weight is packed, and what a checkpoint's writer needs to know before it packs one."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,29 @@ from sparsekern.shards import Part
 
 # what is looked at in one go: little beside a layer, and most of it in a core's cache
 _CHUNK_ELEMENTS = 1 << 19
+
+
+@dataclass
+class PackReport:
+    """What was written: `packed` layers as config.json has them, linear layers `left` as they were with the reason.
+
+    bytes        of every tensor as it is stored
+    dense_bytes  what they would take unpacked
+    """
+
+    packed: dict[str, dict[str, Any]] = field(default_factory=dict)
+    left: list[tuple[str, str]] = field(default_factory=list)
+    bytes: int = 0
+    dense_bytes: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.packed)} layers packed, {len(self.left)} linear layers left as they were: "
+            f"{self.dense_bytes:,} -> {self.bytes:,} bytes ({self.dense_bytes / max(self.bytes, 1):.2f}x smaller)"
+        )
 
 
 def choose(weight: Tensor, to: type[Packed] | None = None) -> tuple[PackedLayer, int] | str:
@@ -68,7 +93,7 @@ def fields_of(name: str, packed: Packed) -> Mapping[str, Tensor]:
     return {f"{name}.{field}": getattr(packed, field) for field in FIELDS[type(packed)]}
 
 
-def part_of(name: str, layer: PackedLayer, kept: int, make) -> Part:
+def part_of(name: str, layer: PackedLayer, kept: int, make: Callable[[], Packed]) -> Part:
     """The part that `make`, which returns the packed weight, will make."""
     tensors = {f"{name}.{field}": what for field, what in layer.tensors(kept).items()}
     return Part(tensors, lambda: fields_of(name, make()))

@@ -36,8 +36,10 @@ DTYPES = {
     "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SHARD_BYTES = 4_000_000_000
 # what the safetensors library itself accepts
 MAX_HEADER_BYTES = 100_000_000
 MAX_JSON_BYTES = 100_000_000
@@ -80,14 +82,15 @@ class Part:
 def write(directory: Path, stem: str, parts: Iterable[Part], shard_bytes: int) -> dict[str, Any]:
     """Write `parts` to `stem`-00001-of-0000N.safetensors, at most `shard_bytes` a file, or one part where that is more.
 
-    Each part is made when its turn comes and freed when it is written. Returns the index of the shards, {"metadata":
+    The parts are sorted by name, layers.2 before layers.10, whatever their order. Each is made when its turn comes and
+    freed when it is written. Returns the index of the shards, {"metadata":
     {"total_size"}, "weight_map"}, as transformers reads it. Raises ValueError for a limit below one byte, and for a
     name that two parts have.
     """
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes must be at least 1, got {shard_bytes}")
     shards, size = [[]], 0
-    for part in parts:
+    for part in sorted(parts, key=_natural):
         if shards[-1] and size + part.nbytes > shard_bytes:
             shards.append([])
             size = 0
@@ -220,11 +223,10 @@ class Reader:
             data = data.clone()
         return data.view(stored.dtype).view(stored.shape)
 
-    def forget(self, stored: Stored) -> None:
-        """Give back the memory of what `read` returned, which is read again where it is used again."""
-        if stored.file in self._maps and stored.nbytes:
-            start = stored.start // mmap.PAGESIZE * mmap.PAGESIZE
-            self._maps[stored.file].madvise(mmap.MADV_DONTNEED, start, stored.end - start)
+    def forget(self) -> None:
+        """Give back the memory of what `read` returned so far; where it is used again it is read again."""
+        for mapped in self._maps.values():
+            mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -276,6 +278,10 @@ def _stored(path: Path, name: str, entry: Any, data: int, length: int) -> Stored
     if offsets[1] - offsets[0] != expected:
         raise refuse(f"data_offsets must span the {expected:,} bytes of {list(shape)} {entry['dtype']}", offsets)
     return Stored(path, dtype, shape, data + offsets[0], data + offsets[1])
+
+
+def _natural(part: Part) -> list[tuple[str, int]]:
+    return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", next(iter(part.tensors)))]
 
 
 def _write_at(file: int, data: bytes | memoryview, offset: int) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import sparsekern as sk
-from sparsekern import checkpoint, hf
+from sparsekern import hf, manifest
 from sparsekern.formats import Bitmap, SemiStructured
 from sparsekern.linear import SparseLinear
 from tests import tiny_models
@@ -97,7 +97,7 @@ def test_the_files_are_the_ones_described_here(tmp_path):
     }
     index = json.loads((tmp_path / "out" / "sparsekern.safetensors.index.json").read_text())
     assert index == {"metadata": {"total_size": 16 + 2 + 24 + 8}, "weight_map": dict.fromkeys(sorted(stored), names[3])}
-    assert (report.bytes, report.dense_bytes, report.dense) == (50, 72, [])
+    assert (report.bytes, report.dense_bytes, report.left) == (50, 72, [])
     checked = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=tmp_path / "out", capture_output=True, text=True)
     assert checked.returncode == 0
     assert checked.stdout.count(": OK\n") == 4
@@ -106,7 +106,7 @@ def test_the_files_are_the_ones_described_here(tmp_path):
 def test_a_plain_module_comes_back_with_the_same_bits(pruned, tmp_path):
     report = sk.save(pruned, tmp_path / "out")
     assert {name: layer["format"] for name, layer in report.packed.items()} == {"first": "bitmap", "second": "2:4"}
-    assert dict(report.dense) == {
+    assert dict(report.left) == {
         "full": "as bitmap it would take 131 bytes, dense 96",
         "head": "its weight is tied",
     }
@@ -199,7 +199,7 @@ def test_what_cannot_be_packed_is_stored_as_it_is(tmp_path):
         model["nan"].weight.fill_(torch.nan)
         model["wide"].weight.zero_()
     report = sk.save(model, tmp_path / "out")
-    assert dict(report.dense) == {"nan": "it holds NaN or infinite values", "wide": "it is float64"}
+    assert dict(report.left) == {"nan": "it holds NaN or infinite values", "wide": "it is float64"}
     loaded = sk.load(
         tmp_path / "out",
         into=nn.ModuleDict({"nan": nn.Linear(16, 16), "wide": nn.Linear(16, 16), "norm": nn.BatchNorm1d(3)}),
@@ -241,7 +241,7 @@ def test_a_save_that_fails_leaves_nothing(pruned, tmp_path, monkeypatch):
     def full(directory):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_sums", full)
+    monkeypatch.setattr(manifest, "write_sums", full)
     with pytest.raises(OSError, match="No space left"):
         sk.save(pruned, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

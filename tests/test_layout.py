@@ -61,7 +61,10 @@ ARROWS = {
     "manifest": {"formats", "shards"},
     "packing": {"formats", "manifest", "shards"},
     "state": {"linear"},
-    "checkpoint": {"manifest", "packing", "shards", "state", "linear", "plan", "publish", "hf"},
+    "compressed_tensors": {"formats", "shards"},
+    "sources": {"compressed_tensors", "manifest", "shards"},
+    "convert": {"hf", "manifest", "packing", "publish", "shards", "sources"},
+    "checkpoint": {"convert", "manifest", "packing", "shards", "state", "linear", "plan", "publish", "hf"},
 }
 # the two halves meet in an ordinary nn.Linear whose weight holds zeros, and nowhere else
 PRUNE = {"batches", "calibrate", "experts", "gradients", "methods", "oneshot", "lottery", "permute", "allocation"} | {

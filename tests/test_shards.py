@@ -59,7 +59,7 @@ def test_the_safetensors_library_reads_what_is_written_and_the_other_way_round(t
                 assert reader.read(stored[name]).dtype == loaded[name].dtype == tensor.dtype
                 assert torch.equal(reader.read(stored[name]).double(), tensor.double())
                 assert torch.equal(loaded[name].double(), tensor.double())
-                reader.forget(stored[name])
+                reader.forget()
                 assert torch.equal(reader.read(stored[name]).double(), tensor.double())
 
 
