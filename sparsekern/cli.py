@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from sparsekern.commands import bench, demo, doctor, eval, inspect, prune
+from sparsekern.commands import bench, convert, demo, doctor, eval, inspect, prune, verify
 from sparsekern.hf import UnknownModelError
 from sparsekern.publish import LockedError
 
@@ -45,5 +45,5 @@ app = typer.Typer(
     help="Prune a model, pack it, swap its Linear layers for sparse ones, and measure what became faster.",
 )
 
-for module in (prune, eval, inspect, doctor, bench, demo):
+for module in (prune, eval, inspect, verify, convert, doctor, bench, demo):
     app.command(module.__name__.rpartition(".")[2], epilog=f"Example: {module.EXAMPLE}")(module.command)

@@ -95,13 +95,12 @@ def _packed(directory: Path) -> Iterator[TensorReport]:
             yield TensorReport(
                 **asdict(report) | {"format": layer.format.name, "bytes": stored, "packed_bytes": stored}
             )
-            for field in fields:
-                reader.forget(field)
+            reader.forget()
         for name, stored in manifest.others().items():
             if _is_weight(name, stored.shape):
                 tensor = reader.read(stored)
                 yield _examine(name, stored.shape, [tensor] if tensor.dim() == 2 else list(tensor), False)
-                reader.forget(stored)
+                reader.forget()
 
 
 def _examine(name: str, shape: tuple[int, ...], matrices: Any, transposed: bool) -> TensorReport:

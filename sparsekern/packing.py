@@ -33,9 +33,12 @@ class PackReport:
         return asdict(self)
 
     def __str__(self) -> str:
+        if not self.packed:
+            return f"no layer is packed, {self.bytes:,} bytes"
+        left = f", {len(self.left)} left as they were" if self.left else ""
         return (
-            f"{len(self.packed)} layers packed, {len(self.left)} linear layers left as they were: "
-            f"{self.dense_bytes:,} -> {self.bytes:,} bytes ({self.dense_bytes / max(self.bytes, 1):.2f}x smaller)"
+            f"{len(self.packed)} linear layers packed{left}: {self.dense_bytes:,} -> {self.bytes:,} bytes "
+            f"({self.dense_bytes / max(self.bytes, 1):.2f}x smaller)"
         )
 
 

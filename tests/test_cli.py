@@ -39,7 +39,7 @@ def pruned(tmp_path_factory, heldout):
     return out
 
 
-@pytest.mark.parametrize("command", ["prune", "bench", "eval", "inspect", "doctor", "demo"])
+@pytest.mark.parametrize("command", ["prune", "bench", "eval", "inspect", "verify", "convert", "doctor", "demo"])
 def test_help_shows_an_example(command):
     assert f"sparsekern {command}" in run(command, "--help").output
 
