@@ -17,13 +17,14 @@ from torch import nn
 
 from sparsekern import hf
 from sparsekern.manifest import CONFIG, FORMATS, QUANT_METHOD, Packed, PackedLayer, files_below, write_compressed
+from sparsekern.model_files import INDEX
 from sparsekern.packing import PackReport, choose, pack, part_of
 from sparsekern.publish import publish
 from sparsekern.shards import SHARD_BYTES, Part, Reader, Stored, write
-from sparsekern.sources import DENSE_FILE, DENSE_INDEX, Source, SourceLayer, open_source
+from sparsekern.sources import Source, SourceLayer, open_source
 
 T = TypeVar("T")
-DENSE = "dense"
+DENSE, DENSE_FILE = "dense", "model.safetensors"
 # other copies of the weights, which would be those of before; and pickles, which are never passed on
 _WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".pkl")
 
@@ -151,12 +152,12 @@ def _same_part(name: str, stored: Stored, reader: Reader) -> Part:
 
 def _write_dense(directory: Path, parts: list[Part], shard_bytes: int) -> None:
     """The shards of a checkpoint as transformers writes it: one file has no index."""
-    index = write(directory, Path(DENSE_FILE).stem, parts, shard_bytes)
+    index = write(directory, "model", parts, shard_bytes)
     files = set(index["weight_map"].values())
     if len(files) == 1:
         os.rename(directory / files.pop(), directory / DENSE_FILE)
     elif files:
-        (directory / DENSE_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _copy_rest(source: Path, target: Path) -> None:

@@ -25,6 +25,7 @@ import torch
 
 from sparsekern.formats import Bitmap, SemiStructured
 from sparsekern.formats.bitmap import DTYPES
+from sparsekern.ops import bitmap_rows
 from sparsekern.shards import DAMAGED, SHARD_BYTES, Part, Reader, Stored, read_header, read_json, shape_of, write
 
 Packed = Bitmap | SemiStructured
@@ -107,7 +108,7 @@ class Manifest:
         fields = {field: reader.read(stored) for field, stored in self.fields(name).items()}
         packed = self.layers[name].format(**fields, in_features=self.layers[name].shape[1])
         try:
-            packed.validate()
+            bitmap_rows.validate(packed) if isinstance(packed, Bitmap) else packed.validate()
         except ValueError as error:
             raise ValueError(f"{self.tensors[f'{name}.values'].file.name}: {name}: {error}; {DAMAGED}") from error
         if missing := int((~packed.values.isfinite()).sum()):

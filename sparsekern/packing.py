@@ -10,6 +10,7 @@ from torch import Tensor
 from sparsekern.formats import Bitmap, SemiStructured
 from sparsekern.formats.bitmap import DTYPES
 from sparsekern.manifest import FIELDS, Packed, PackedLayer
+from sparsekern.ops import bitmap_rows
 from sparsekern.shards import Part
 
 # what is looked at in one go: little beside a layer, and most of it in a core's cache
@@ -75,15 +76,12 @@ def choose(weight: Tensor, to: type[Packed] | None = None) -> tuple[PackedLayer,
 
 
 def pack(weight: Tensor, format: type[Packed]) -> Packed:
-    """format.pack(weight), some rows at a time: what packing takes beside its result is then small."""
-    chunks = [format.pack(rows) for rows in _by_rows(weight.detach())]
-    if len(chunks) == 1:
-        return chunks[0]
-    fields = {field: [getattr(chunk, field) for chunk in chunks] for field in FIELDS[format]}
+    """What format.pack does, taking little memory beside its result: by a kernel, or some rows at a time."""
     if format is Bitmap:
-        counts = torch.cat([offsets.diff() for offsets in fields["row_offsets"]])
-        fields["row_offsets"] = [counts.new_zeros(1), counts.cumsum(dim=0)]
-    return format(**{field: torch.cat(parts) for field, parts in fields.items()}, in_features=weight.shape[1])
+        return bitmap_rows.pack(weight.detach())
+    chunks = [format.pack(rows) for rows in _by_rows(weight.detach())]
+    fields = {field: torch.cat([getattr(chunk, field) for chunk in chunks]) for field in FIELDS[format]}
+    return format(**fields, in_features=weight.shape[1])
 
 
 def nbytes(layer: PackedLayer, kept: int) -> int:

@@ -1,6 +1,5 @@
 """sources: a checkpoint on the disk, whoever wrote it, as layers whose weights are read one at a time."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,13 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekern import compressed_tensors
+from sparsekern import compressed_tensors, model_files
 from sparsekern.manifest import CONFIG, QUANT_METHOD, SUMS, Packed, check_sums, read_manifest, regular
-from sparsekern.shards import DAMAGED, Reader, Stored, read_header, read_json
-
-DENSE_INDEX = "model.safetensors.index.json"
-DENSE_FILE = "model.safetensors"
-_FILE = re.compile(r"[^/\\\0]+\.safetensors")
+from sparsekern.shards import DAMAGED, Reader, Stored, read_json
 
 
 @dataclass(frozen=True)
@@ -103,31 +98,7 @@ def _compressed(directory: Path, hashes: bool) -> Source:
 
 
 def _tensors(directory: Path) -> dict[str, Stored]:
-    """The tensors of a checkpoint as transformers writes it, by its index or its only file."""
-    weight_map: dict[str, str] | None = None
-    files = [DENSE_FILE]
-    if (directory / DENSE_INDEX).exists():
-        regular(directory, DENSE_INDEX)
-        weight_map = read_json(directory / DENSE_INDEX).get("weight_map")
-        if type(weight_map) is not dict:
-            raise ValueError(f"{DENSE_INDEX}: must have a weight_map; {DAMAGED}")
-        for name, file in weight_map.items():
-            if type(file) is not str or not _FILE.fullmatch(file):
-                raise ValueError(
-                    f"{DENSE_INDEX}: {name!r:.80} must lie in a safetensors file of this directory, got {file!r:.80}; "
-                    f"{DAMAGED}"
-                )
-        files = sorted(set(weight_map.values()))
-    tensors: dict[str, Stored] = {}
-    for file in files:
-        if not (directory / file).exists():
-            held = "it holds no safetensors" if weight_map is None else f"its index names {file}, which is missing"
-            raise ValueError(f"{str(directory)!r} cannot be read: {held}")
-        regular(directory, file)
-        for name, stored in read_header(directory / file).items():
-            # of a tensor that is in two files, the index says which counts
-            if weight_map is None or weight_map.get(name) == file:
-                tensors[name] = stored
-    if missing := sorted((weight_map or {}).keys() - tensors.keys()):
-        raise ValueError(f"{weight_map[missing[0]]}: has no {missing[0]}, which {DENSE_INDEX} says it has; {DAMAGED}")
-    return tensors
+    """The tensors of a checkpoint as transformers writes it, of which no file lies elsewhere."""
+    for path in [*directory.glob("*.safetensors"), *directory.glob("*.safetensors.index.json")]:
+        regular(directory, path.name)
+    return model_files.tensors_of(directory)

@@ -143,7 +143,7 @@ def test_what_cannot_be_converted_is_refused_and_nothing_is_left(tmp_path):
         (dense, "2:4", "has no linear layer to pack as 2:4, such as .*: it is not 2:4"),
         (tmp_path / "nothing", "dense", "no such directory"),
         (tmp_path / "empty", "dense", "is not a checkpoint: it holds no config.json"),
-        (tmp_path / "pickle", "dense", "cannot be read: it holds no safetensors"),
+        (tmp_path / "pickle", "dense", "holds neither model.safetensors nor model.safetensors.index.json"),
     ):
         with pytest.raises(ValueError, match=message):
             convert(source, tmp_path / "out", to)
@@ -166,10 +166,13 @@ def test_a_source_that_lies_is_refused(tmp_path):
     save_file(tensors, split / "a.safetensors")
     whole = {"weight_map": dict.fromkeys(tensors, "a.safetensors")}
     for weight_map, message in (
-        ({**whole["weight_map"], "x": "a.safetensors"}, "a.safetensors: has no x, which model.safetensors.index.json"),
-        ({**whole["weight_map"], "x": "../one/model.safetensors"}, "'x' must lie in a safetensors file of this dir"),
-        ({**whole["weight_map"], "x": "b.safetensors"}, "its index names b.safetensors, which is missing"),
-        ([], "must have a weight_map"),
+        ({**whole["weight_map"], "x": "a.safetensors"}, "names x, which a.safetensors does not hold"),
+        (
+            {**whole["weight_map"], "x": "../one/model.safetensors"},
+            "names '../one/model.safetensors', which is no file",
+        ),
+        ({**whole["weight_map"], "x": "b.safetensors"}, "names 'b.safetensors', which is no file of"),
+        ([], "weight_map must name a file for every tensor"),
     ):
         (split / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(ValueError, match=message):

@@ -58,12 +58,12 @@ ARROWS = {
     "plan": {"formats", "ops", "measure", "timing"},
     "linear": {"formats", "ops", "measure", "plan"},
     "shards": set(),
-    "manifest": {"formats", "shards"},
-    "packing": {"formats", "manifest", "shards"},
+    "manifest": {"formats", "ops", "shards"},
+    "packing": {"formats", "manifest", "ops", "shards"},
     "state": {"linear"},
     "compressed_tensors": {"formats", "shards"},
-    "sources": {"compressed_tensors", "manifest", "shards"},
-    "convert": {"hf", "manifest", "packing", "publish", "shards", "sources"},
+    "sources": {"compressed_tensors", "manifest", "model_files", "shards"},
+    "convert": {"hf", "manifest", "model_files", "packing", "publish", "shards", "sources"},
     "checkpoint": {"convert", "manifest", "packing", "shards", "state", "linear", "plan", "publish", "hf"},
 }
 # the two halves meet in an ordinary nn.Linear whose weight holds zeros, and nowhere else
