@@ -329,7 +329,7 @@ def reset():
     return peak()
 if sys.argv[1] == "save":
     weight = torch.randn(1024, 1024) * (torch.rand(1024, 1024) < 0.5)
-    made = nn.Sequential(*(nn.Linear(1024, 1024, bias=False, device="meta") for _ in range(48)))
+    made = nn.Sequential(*(nn.Linear(1024, 1024, bias=False, device="meta") for _ in range(96)))
     for layer in made:
         layer.weight = nn.Parameter(weight.bfloat16())
     # what the first use of everything takes
@@ -345,11 +345,11 @@ print(peak() - before)
 
 
 def test_saving_and_verifying_take_the_memory_of_a_few_tensors_and_not_of_the_model(tmp_path):
-    dense = 48 * 1024 * 1024 * 2
+    dense = 96 * 1024 * 1024 * 2
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for step in ("save", "verify"):
         command = [sys.executable, "-c", PEAK, step, str(tmp_path / "out")]
         ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
         assert ran.returncode == 0, ran.stderr
-        # one tensor is a forty-eighth
+        # one tensor is a ninety-sixth; what the libraries load when they are first used counts as well
         assert int(ran.stdout) < dense / 6, step
