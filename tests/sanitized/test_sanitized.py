@@ -1,0 +1,69 @@
+"""csrc/cpu under the address and undefined-behaviour sanitizers: no op reads or writes but its operands.
+
+drive.cpp calls every op on every instruction set of this machine, at sizes that divide nothing, and with weights that
+lie. What the binding refuses never gets that far; the tests of the ops show.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+FLAGS = ["-std=c++17", "-O1", "-g1", "-fopenmp"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+def run(*command):
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def drive(tmp_path_factory):
+    """The program, compiled once, as many files at a time as there are cores."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ was found")
+    folder = tmp_path_factory.mktemp("sanitized")
+    (folder / "empty.cpp").write_text("int main() { return 0; }\n")
+    tried = run(compiler, "-fopenmp", *SANITIZERS, folder / "empty.cpp", "-o", folder / "empty")
+    if tried.returncode:
+        pytest.skip(f"g++ has no sanitizers: {tried.stderr.strip().splitlines()[-1]}")
+    # the longest first
+    sources = sorted([*CSRC.glob("cpu/*.cpp"), HERE / "drive.cpp"], key=lambda path: -path.stat().st_size)
+
+    def build(source):
+        target = folder / f"{source.name}.o"
+        done = run(compiler, *FLAGS, *SANITIZERS, "-I", CSRC, "-c", source, "-o", target)
+        assert done.returncode == 0, done.stderr
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(build, sources))
+    done = run(compiler, "-fopenmp", *SANITIZERS, *objects, "-o", folder / "drive")
+    assert done.returncode == 0, done.stderr
+    return folder / "drive"
+
+
+def test_every_op_stays_within_its_operands(drive):
+    done = run(drive)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert re.fullmatch(r"clean:( \w+)* portable\n", done.stdout)
+
+
+def test_the_sanitizer_sees_a_read_behind_the_end(drive):
+    done = run(drive, "0")
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr
+
+
+def test_every_op_of_ops_h_is_driven():
+    declared = re.findall(r"^(?:bool|void|int64_t|uint64_t) (\w+)\(", (CSRC / "ops.h").read_text(), re.MULTILINE)
+    source = (HERE / "drive.cpp").read_text()
+    assert len(declared) >= 13
+    assert [name for name in declared if f"{name}(" not in source] == []
