@@ -1,7 +1,7 @@
 """csrc/cpu under the address and undefined-behaviour sanitizers: no op reads or writes but its operands.
 
 drive.cpp calls every op on every instruction set of this machine, at sizes that divide nothing, and with weights that
-lie. What the binding refuses never gets that far; the tests of the ops show.
+lie as far as the binding lets them.
 """
 
 import os
