@@ -38,7 +38,7 @@ def read_batches(batches: Iterable[Batch]) -> list[Batch]:
         counted += 1 if mask is None else int(mask.count_nonzero())
         kept.append(map_tensors(dict(batch) if isinstance(batch, Mapping) else batch, lambda t: t.detach().cpu()))
     if not kept:
-        raise ValueError("calibration needs at least one batch, got none")
+        raise ValueError("calibration needs at least one batch, got none; a generator gives its batches only once")
     if not counted:
         raise ValueError("calibration batches hold nothing but padding: attention_mask is 0 everywhere")
     return kept

@@ -9,6 +9,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import sparsekern as sk
 from sparsekern import hf
+from sparsekern.allocation import CANDIDATES
 from sparsekern.batches import Padding, map_tensors, read_batches
 from sparsekern.calibrate import Walk
 from tests import tiny_models
@@ -136,3 +137,63 @@ def test_an_encoders_output_may_be_given_instead_of_its_input():
 def test_what_is_no_batch_is_refused_with_the_remedy(batch, message):
     with pytest.raises(ValueError, match=message):
         read_batches([{"pixel_values": IMAGES}, batch])
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model, batches: sk.prune(model, sk.SparseGPT(), "2:4", batches, refine=2),
+        lambda model, batches: sk.prune(model, sk.OBD(), "2:4", batches),
+        lambda model, batches: sk.prune(model, sk.Wanda(), "2:4", batches, finish=sk.Finish(1)),
+        lambda model, batches: sk.permute(model, "2:4", batches),
+        lambda model, batches: sk.allocate(model, sk.Wanda(), 0.5, batches, candidates=CANDIDATES["owl"]),
+    ],
+    ids=["prune", "prune by gradients", "finish", "permute", "allocate"],
+)
+def test_a_generator_is_read_once_and_one_that_is_used_up_is_refused(use):
+    model = tiny_models.make("llama")
+    generator = (batch for batch in tiny_models.batches("llama"))
+    use(model, generator)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="at least one batch, got none; a generator gives its batches only once"):
+        use(model, generator)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 1)], ids=str)
+def test_a_batch_of_one_token_serves(shape):
+    model = tiny_models.make("llama")
+    report = sk.prune(model, sk.SparseGPT(), "2:4", [torch.ones(shape, dtype=torch.long)])
+    assert len(report.layers) == len(hf.layers(model))
+    assert report.sparsity == 0.5
+
+
+def test_dropout_does_not_reach_the_statistics_of_any_method():
+    """Twice the same, in training mode; gradients are taken without it as well."""
+    for method in (sk.Wanda(), sk.OBD()):
+        models = [tiny_models.make("bert").train() for _ in range(2)]
+        batches = [{"input_ids": IDS, "labels": IDS}]
+        for model in models:
+            sk.prune(model, method, 0.5, batches)
+            assert model.training
+        pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def out_of_memory(*_, **__):
+    raise torch.OutOfMemoryError("tried to allocate 99 TB")
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["sparsekern.stats.Gram.add", "sparsekern.stats.Gram.inverse_cholesky", "sparsekern.methods.SparseGPT.prune"],
+)
+def test_without_memory_for_the_first_layer_no_weight_has_changed(place, monkeypatch):
+    model = tiny_models.make("llama").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    monkeypatch.setattr(place, out_of_memory)
+    with pytest.raises(RuntimeError, match="tried to allocate 99 TB"):
+        sk.prune(model, sk.SparseGPT(), "2:4", tiny_models.batches("llama"))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
