@@ -1,5 +1,7 @@
 """sparsekern: prune a model, pack it, swap its Linear layers for sparse ones, and measure what became faster."""
 
+# registers the plug-in, so that transformers loads what sparsekern has saved
+from sparsekern import hf_quantizer as hf_quantizer
 from sparsekern.allocation import allocate
 from sparsekern.checkpoint import load, save
 from sparsekern.finishing import Finish

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import transformers
 from hypothesis import settings
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
@@ -23,3 +25,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tokenizer():
+    vocabulary = {word: number for number, word in enumerate(["<unk>", "the", "cat", "sat"])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")

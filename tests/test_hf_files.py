@@ -7,7 +7,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 from sparsekern import hf, text
@@ -17,14 +16,6 @@ from tests import tiny_models
 @pytest.fixture
 def model():
     return tiny_models.make("llama")
-
-
-@pytest.fixture
-def tokenizer():
-    vocabulary = {word: number for number, word in enumerate(["<unk>", "the", "cat", "sat"])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
 
 
 def test_a_saved_model_loads_with_the_same_bits_and_its_zeros(model, tokenizer, tmp_path):

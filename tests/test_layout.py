@@ -65,6 +65,7 @@ ARROWS = {
     "sources": {"compressed_tensors", "manifest", "model_files", "shards"},
     "convert": {"hf", "manifest", "model_files", "packing", "publish", "shards", "sources"},
     "checkpoint": {"convert", "manifest", "packing", "shards", "state", "linear", "plan", "publish", "hf"},
+    "hf_quantizer": {"ops", "linear", "manifest", "shards", "checkpoint"},
 }
 # the two halves meet in an ordinary nn.Linear whose weight holds zeros, and nowhere else
 PRUNE = {"batches", "calibrate", "experts", "gradients", "methods", "oneshot", "lottery", "permute", "allocation"} | {
@@ -73,8 +74,8 @@ PRUNE = {"batches", "calibrate", "experts", "gradients", "methods", "oneshot", "
 RUN = {"formats", "linear", "plan"}
 # commands and what they are made of: they may import everything, and of the rest only each other imports them
 DOORS = {"card", "cli", "commands", "demo", "doctor", "endtoend", "inspect", "preview", "speed"}
-# foreign thing -> where it is let in
-FOREIGN = {"transformers": ("hf.py", "hf_files.py", "hf_trainer.py", "hf_weights.py"), "triton": ("ops/triton/",)}
+# foreign thing -> where it is let in: what the path in the package begins with
+FOREIGN = {"transformers": ("hf.py", "hf_"), "triton": ("ops/triton/",)}
 
 
 def name(path):
