@@ -56,7 +56,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    # the callbacks are for those who train: transformers' own part of them is imported when they are asked for
+    # transformers' part of them takes its time, and only those who train want it
     if name in ("GradualPruning", "KeepZeros"):
         from sparsekern import hf_trainer
 

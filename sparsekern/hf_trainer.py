@@ -7,7 +7,7 @@ What is pruned is exactly 0 after every optimizer step, and so is its part of th
 before it is clipped. So each checkpoint holds the zeros, and training resumed from one goes on as if never stopped: the
 masks are the zeros of the checkpoint, and those of them that are kept weights stand in its trainer_state.json.
 
-Nothing here imports Trainer, which takes seconds; only the user does.
+`import sparsekern` leaves this until a callback is asked for, and nothing here imports the Trainer itself.
 """
 
 import warnings
@@ -212,7 +212,7 @@ def _zeros(model: nn.Module, at_least: float) -> dict[str, Tensor]:
     if frozen and not masks:
         raise ValueError(
             f"{frozen[0]}: its zeros cannot be lost, because it is frozen, like all {len(frozen)} weights that hold "
-            "zeros; train without KeepZeros, or make them trainable. Merging adapters would fill the zeros"
+            "zeros; model.requires_grad_(True) trains them. Adapters need no KeepZeros, and fill the zeros when merged"
         )
     if not masks:
         raise ValueError(
@@ -248,7 +248,10 @@ def _refuse(args: Any, model: nn.Module) -> None:
     """Raises ValueError for models whose weights are not whole, or not dense."""
     for name, module in model.named_modules():
         if isinstance(module, SparseLinear):
-            raise ValueError(f"{name} is packed, and packed weights are not trained: sparsekern.densify(model) first")
+            raise ValueError(
+                f"{name} is packed, and packed weights are not trained: sparsekern.densify(model) first, then "
+                "model.requires_grad_(True)"
+            )
     sharded = [n for n, p in model.named_parameters() if hasattr(p, "ds_id") or hasattr(p, "device_mesh")]
     for way in ("fsdp", "deepspeed"):
         if getattr(args, way, None):

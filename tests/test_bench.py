@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 TINY = [
     ["accuracy.py", "layers", "--tiny"],
     ["accuracy.py", "perplexity", "--tiny"],
+    ["finetune.py", "--tiny"],
     ["linear_bitmap.py", "--tiny"],
     ["model.py", "--tiny"],
     ["prune_model.py", "--tiny"],
@@ -45,6 +46,23 @@ def test_perplexities_can_be_drawn(tmp_path, monkeypatch):
     ]
     accuracy.plot({"dense": {"value": 7.0}, "rows": rows}, tmp_path / "drawn.png")
     assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_fine_tuning_can_be_drawn_and_goes_on_with_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import finetune
+
+    rows = [
+        {"variant": name, "pattern": pattern, "curve": [(0, 9.0), (4, 8.0)]}
+        for name, pattern in (("dense", None), ("SparseGPT", "2:4"), ("gradual", "60%"))
+    ]
+    finetune.plot({"rows": rows}, tmp_path / "drawn.png")
+    assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
+    size = finetune.asdict(finetune.TINY)
+    finetune._write(tmp_path / "runs.json", {"size": size, "judge": "held-out", "runs": [{"seed": 0}]})
+    assert finetune._done(tmp_path / "runs.json", finetune.TINY, "held-out") == [{"seed": 0}]
+    with pytest.raises(ValueError, match="holds runs of .* on held-out text; give another file"):
+        finetune._done(tmp_path / "runs.json", finetune.TINY, "validation")
 
 
 def test_the_benchmarks_of_the_ops_run():
