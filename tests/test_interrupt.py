@@ -1,4 +1,4 @@
-"""Ctrl-C: one line, exit code 130, and nothing half-written."""
+"""Ctrl-C, and two runs at once: one line, and nothing half-written."""
 
 import os
 import signal
@@ -18,8 +18,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = ("--method", "wanda", "--samples", "2", "--seqlen", "64", "--json", "--skip", "model.layers.[123].*")
 
 
-def prune(output):
-    arguments = ("prune", MODEL, "--calibration", MODEL / "calibration.txt", "-o", output, *SMALL)
+def prune(output, *flags):
+    arguments = ("prune", MODEL, "--calibration", MODEL / "calibration.txt", "-o", output, *SMALL, *flags)
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
@@ -81,6 +81,18 @@ def test_an_interrupted_run_says_so_in_one_line_leaves_no_output_and_can_be_run_
     first, second = (tensors(tmp_path / name) for name in ("out", "other"))
     assert first.keys() == second.keys()
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize("flags", [(), ("--permute",)], ids=["a block at a time", "in memory"])
+def test_two_runs_on_one_directory_are_refused_before_the_work(tmp_path, monkeypatch, flags):
+    monkeypatch.setattr(Wanda, "prune", None)
+    with publish.lock(tmp_path / "out"):
+        result = prune(tmp_path / "out", *flags)
+    assert result.exit_code == 2
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert f"is being written by process {os.getpid()}: wait until it ends, or choose another" in line
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupt_in_the_api_leaves_the_layer_it_came_in_whole(interrupted_in_a_layer):

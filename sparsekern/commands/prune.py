@@ -34,7 +34,7 @@ from sparsekern.oneshot import prune as prune_model
 from sparsekern.pattern import NM, as_pattern
 from sparsekern.permute import permute as permute_model
 from sparsekern.preview import preview
-from sparsekern.publish import refuse_existing
+from sparsekern.publish import lock, refuse_existing
 from sparsekern.report import PruneReport
 from sparsekern.stats import GradSquare
 from sparsekern.streaming import OnDisk, prune_streaming, why_not_streaming, work_directory
@@ -43,6 +43,7 @@ EXAMPLE = "`sparsekern prune MODEL --pattern 2:4 --calibration text.txt -o OUT`"
 
 
 def command(
+    context: typer.Context,
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="directory to write; must not exist")],
     calibration: Annotated[
@@ -125,6 +126,9 @@ def command(
     if whole is not None:
         words = f"the whole model is in memory, and a run that is killed starts over: {whole}"
         Console(stderr=True, soft_wrap=True).print(words, markup=False, highlight=False)
+    if on_disk is None:
+        # prune_streaming takes it by itself
+        context.with_resource(lock(output))
 
     perplexity = (
         {"before": measured_perplexity(source, test, seqlen, "dense perplexity")} if heldout is not None else None
