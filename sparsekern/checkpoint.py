@@ -271,13 +271,15 @@ def _sparse_linear(module: nn.Module, packed: Packed, bias: Stored | None, reade
     """`module` with `packed` as its weight, on its device, of which no tensor is a view of the mapped file."""
     tensors = [*module.parameters(), *module.buffers()]
     device = tensors[0].device if tensors and not tensors[0].is_meta else torch.device("cpu")
-    own = as_served(packed)
-    made = SparseLinear(own, None if bias is None else reader.read(bias).clone())
-    addresses = {value.data_ptr() for value in vars(packed).values() if isinstance(value, Tensor)}
+    mapped = {name: value for name, value in vars(packed).items() if isinstance(value, Tensor)}
+    fields = {name: value.to(device) for name, value in mapped.items()}
+    own = as_served(type(packed)(**fields, in_features=packed.in_features))
+    made = SparseLinear(own, None if bias is None else reader.read(bias).to(device, copy=True))
+    addresses = {value.data_ptr() for value in mapped.values()}
     for name, operand in list(made._buffers.items()):
         if operand is not None and operand.data_ptr() in addresses:
             setattr(made, name, operand.clone())
-    return made.to(device).train(module.training)
+    return made.train(module.training)
 
 
 def _dense_bytes(manifest: Manifest) -> int:

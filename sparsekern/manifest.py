@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparsekern.formats import Bitmap, SemiStructured
 from sparsekern.formats.bitmap import DTYPES
@@ -111,7 +112,7 @@ class Manifest:
             bitmap_rows.validate(packed) if isinstance(packed, Bitmap) else packed.validate()
         except ValueError as error:
             raise ValueError(f"{self.tensors[f'{name}.values'].file.name}: {name}: {error}; {DAMAGED}") from error
-        if missing := int((~packed.values.isfinite()).sum()):
+        if missing := _not_finite(packed.values):
             raise ValueError(
                 f"{self.tensors[f'{name}.values'].file.name}: {name}: values must be finite, "
                 f"got {missing} NaN or infinite ones; {DAMAGED}"
@@ -340,6 +341,14 @@ def _refuse_unnamed(layers: Mapping[str, PackedLayer], tensors: Mapping[str, Sto
         layer, _, field = name.rpartition(".")
         if field == "values" and layer not in layers and {f"{layer}.bitmap", f"{layer}.metadata"} & tensors.keys():
             raise ValueError(f"{CONFIG}: {layer} is stored packed, but quantization_config does not name it; {DAMAGED}")
+
+
+def _not_finite(values: Tensor) -> int:
+    """How many are NaN or infinite."""
+    # the extremes, which NaN becomes, are found without memory of their own
+    if not values.numel() or all(extreme.isfinite() for extreme in values.aminmax()):
+        return 0
+    return int((~values.isfinite()).sum())
 
 
 def _pattern(format: type[Packed], shape: tuple[int, int], kept: int) -> str:

@@ -54,17 +54,13 @@ def choose(weight: Tensor, to: type[Packed] | None = None) -> tuple[PackedLayer,
         return f"it has {weight.dim()} dimensions"
     if weight.dtype not in DTYPES:
         return f"it is {str(weight.dtype).removeprefix('torch.')}"
-    kept, is_24 = 0, weight.shape[1] % 4 == 0
-    for rows in _by_rows(weight.detach()):
-        # one sum tells of NaN and inf at once; an overflow is looked at closely
-        if not rows.sum(dtype=torch.float32).isfinite() and not rows.isfinite().all():
-            return "it holds NaN or infinite values"
-        nonzero = (rows != 0).contiguous()
-        kept += int(nonzero.sum())
-        if is_24 and nonzero.numel():
-            # four bytes of 0 or 1 as one number; the product's highest byte is their sum
-            groups = nonzero.view(torch.uint8).flatten().view(torch.int32)
-            is_24 = int(((groups * 0x01010101) >> 24).max()) <= 2
+    found = bitmap_rows.bits(weight)
+    if found is None:
+        return "it holds NaN or infinite values"
+    bitmap, row_offsets = found
+    kept = int(row_offsets[-1])
+    # the bits after the last input are 0, so half a byte may be looked at that is no group
+    is_24 = weight.shape[1] % 4 == 0 and not (most_of_four(bitmap) > 2).any()
     chosen = to or (SemiStructured if is_24 else Bitmap)
     if chosen is SemiStructured and not is_24:
         return "it is not 2:4"
@@ -82,6 +78,13 @@ def pack(weight: Tensor, format: type[Packed]) -> Packed:
     chunks = [format.pack(rows) for rows in _by_rows(weight.detach())]
     fields = {field: torch.cat([getattr(chunk, field) for chunk in chunks]) for field in FIELDS[format]}
     return format(**fields, in_features=weight.shape[1])
+
+
+def most_of_four(bitmap: Tensor) -> Tensor:
+    """The larger number of ones among the two halves of every byte, uint8 as `bitmap`."""
+    pairs = bitmap - ((bitmap >> 1) & 0x55)
+    halves = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return torch.maximum(halves & 0x0F, halves >> 4)
 
 
 def nbytes(layer: PackedLayer, kept: int) -> int:

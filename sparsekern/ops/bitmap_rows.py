@@ -73,11 +73,29 @@ def refuse(packed: Bitmap, row: int) -> None:
         raise RuntimeError(f"row {row} changed while it was read")
 
 
-def _pack_cpu(weight: Tensor, isa: str = "") -> Bitmap:
+def bits(weight: Tensor, isa: str = "") -> tuple[Tensor, Tensor] | None:
+    """The bitmap and row_offsets of `weight` without its values: what is kept, before it is packed.
+
+    None when it holds NaN or infinite values. Raises ValueError as `reference` does otherwise.
+    """
+    if not _pack_refuses(weight):
+        return _bits_cpu(_by_rows(weight), isa)
+    try:
+        packed = Bitmap.pack(weight)
+    except ValueError:
+        if weight.dim() == 2 and weight.dtype in DTYPES:
+            return None
+        raise
+    return packed.bitmap, packed.row_offsets
+
+
+def _by_rows(weight: Tensor) -> Tensor:
     weight = weight.detach()
     # one row that is seen many times has stride 0, which is served
-    if weight.stride(1) != 1 or weight.stride(0) < 0:
-        weight = weight.contiguous()
+    return weight.contiguous() if weight.stride(1) != 1 or weight.stride(0) < 0 else weight
+
+
+def _bits_cpu(weight: Tensor, isa: str) -> tuple[Tensor, Tensor] | None:
     out_features, in_features = weight.shape
     dtype = str(weight.dtype).removeprefix("torch.")
     bitmap = torch.empty(out_features, -(-in_features // 8), dtype=torch.uint8)
@@ -95,9 +113,17 @@ def _pack_cpu(weight: Tensor, isa: str = "") -> Bitmap:
         _threads(),
         isa,
     ):
+        return None
+    return bitmap, row_offsets
+
+
+def _pack_cpu(weight: Tensor, isa: str = "") -> Bitmap:
+    weight = _by_rows(weight)
+    kept = _bits_cpu(weight, isa)
+    if kept is None:
         # what is not finite is refused there, in words
         return Bitmap.pack(weight)
-    packed = Bitmap(weight.new_empty(int(row_offsets[-1])), bitmap, row_offsets, in_features)
+    packed = Bitmap(weight.new_empty(int(kept[1][-1])), *kept, weight.shape[1])
     values = packed.values.data_ptr(), packed.values.numel()
     refuse(
         packed,
