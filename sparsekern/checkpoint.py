@@ -19,6 +19,7 @@ from sparsekern.convert import convert
 from sparsekern.linear import SparseLinear, as_served, densify, replace_module
 from sparsekern.manifest import (
     CONFIG,
+    INDEX,
     Manifest,
     Packed,
     PackedLayer,
@@ -75,6 +76,7 @@ class VerifyReport:
     bytes        of every tensor as it is stored
     dense_bytes  what they would take unpacked
     sha256       of each file, by name; empty when hashes were not asked for
+    model        the class of transformers that needs these tensors in these shapes, or why none was asked
     """
 
     directory: str
@@ -83,6 +85,7 @@ class VerifyReport:
     bytes: int
     dense_bytes: int
     sha256: dict[str, str]
+    model: str
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -91,7 +94,8 @@ class VerifyReport:
         hashes = f"{len(self.sha256)} files match SHA256SUMS" if self.sha256 else "hashes were not checked"
         return (
             f"{self.directory}: {self.tensors} tensors, {len(self.layers)} packed layers, {self.bytes:,} bytes "
-            f"({self.dense_bytes / max(self.bytes, 1):.2f}x smaller than dense); {hashes}"
+            f"({self.dense_bytes / max(self.bytes, 1):.2f}x smaller than dense); {hashes}; "
+            f"{self.model}"
         )
 
 
@@ -110,7 +114,8 @@ def verify(directory: str | Path, hashes: bool = True) -> VerifyReport:
             reader.forget()
     layers = {name: layer.to_json() for name, layer in manifest.layers.items()}
     stored = sum(stored.nbytes for stored in manifest.tensors.values())
-    return VerifyReport(str(directory), layers, len(manifest.tensors), stored, _dense_bytes(manifest), digests)
+    dense, model = _dense_bytes(manifest), _compare(manifest)
+    return VerifyReport(str(directory), layers, len(manifest.tensors), stored, dense, digests, model)
 
 
 def load(
@@ -174,6 +179,34 @@ def read_into(model: nn.Module, directory: str | Path, *, hashes: bool = True) -
         if id(module) in replaced:
             replace_module(model, name, replaced[id(module)])
     return model
+
+
+def _compare(manifest: Manifest) -> str:
+    """The model that config.json describes needs what is stored, in its shapes. Raises ValueError when it does not.
+
+    Returns its class, or why it was not asked: it is none of transformers' own, or they rename its tensors.
+    """
+    if "model_type" not in manifest.config or "auto_map" in manifest.config:
+        return "not compared with a model: config.json names none of transformers' own"
+    model = hf.skeleton(manifest.directory)
+    kind, found, stored = type(model).__name__, slots(model), manifest.others()
+    shapes = {name: (stored.shape, None) for name, stored in stored.items()}
+    shapes |= {f"{name}.weight": (layer.shape, name) for name, layer in manifest.layers.items()}
+    for name, (shape, layer) in shapes.items():
+        if name in found and tuple(found[name].tensor.shape) != shape:
+            raise ValueError(
+                f"{CONFIG}: {kind} needs {name} to be {list(found[name].tensor.shape)}, got {list(shape)}: "
+                "the config and the tensors are not of one model"
+            )
+        if layer and name in found and type(found[name].module) is not nn.Linear:
+            raise ValueError(f"{CONFIG}: {layer} is packed, but in {kind} it is no nn.Linear")
+    if strangers := sorted(shapes.keys() - found.keys()):
+        return f"not compared with {kind} as a whole: it has no {strangers[0]}, unless transformers renames it"
+    ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    for names in tied(found):
+        if not shapes.keys() & set(names) and not set(names) <= set(ignored):
+            raise ValueError(f"{INDEX}: {kind} needs {names[0]}, which is not stored")
+    return f"all that {kind} needs"
 
 
 def _pack(model: nn.Module) -> tuple[dict[str, PackedLayer], list[Part], PackReport]:

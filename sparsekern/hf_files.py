@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers.dynamic_module_utils import custom_object_save
@@ -18,7 +19,7 @@ from sparsekern.publish import publish
 
 TOKENIZER_FILES = ("*token*", "vocab*", "*.model")
 # what transformers raises on a config.json that makes no sense
-BROKEN_CONFIG = (KeyError, TypeError, AttributeError, ArithmeticError)
+BROKEN_CONFIG = (KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError)
 
 
 def quiet() -> None:

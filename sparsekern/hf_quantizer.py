@@ -27,7 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsekern import checkpoint
 from sparsekern.linear import SparseLinear, as_served, replace_module
-from sparsekern.manifest import FIELDS, INDEX, QUANT_METHOD, Manifest, Packed, read_layers, read_manifest
+from sparsekern.manifest import FIELDS, INDEX, QUANT_METHOD, Manifest, Packed, check_packed, read_layers, read_manifest
 from sparsekern.ops import compiled
 from sparsekern.shards import Reader
 
@@ -122,9 +122,7 @@ class Awaiting(nn.Module):
     def packed(self) -> Packed:
         """What was read. Raises ValueError when its parts contradict each other."""
         packed = self.format(*(self._read(field) for field in FIELDS[self.format]), self.in_features)
-        packed.validate()
-        if missing := int((~packed.values.isfinite()).sum()):
-            raise ValueError(f"values must be finite as {packed.dtype}, got {missing} NaN or infinite ones")
+        check_packed(packed)
         return packed
 
     def _read(self, field: str) -> Tensor:

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sparsekern.formats import Bitmap, SemiStructured
 from sparsekern.formats.bitmap import DTYPES
@@ -109,15 +108,22 @@ class Manifest:
         fields = {field: reader.read(stored) for field, stored in self.fields(name).items()}
         packed = self.layers[name].format(**fields, in_features=self.layers[name].shape[1])
         try:
-            bitmap_rows.validate(packed) if isinstance(packed, Bitmap) else packed.validate()
+            check_packed(packed)
         except ValueError as error:
             raise ValueError(f"{self.tensors[f'{name}.values'].file.name}: {name}: {error}; {DAMAGED}") from error
-        if missing := _not_finite(packed.values):
-            raise ValueError(
-                f"{self.tensors[f'{name}.values'].file.name}: {name}: values must be finite, "
-                f"got {missing} NaN or infinite ones; {DAMAGED}"
-            )
         return packed
+
+
+def check_packed(packed: Packed) -> None:
+    """Raises ValueError when the parts of `packed` contradict each other, or its values are not finite."""
+    if isinstance(packed, Bitmap):
+        bitmap_rows.validate(packed)
+    else:
+        packed.validate()
+    # the extremes, which NaN becomes, are found without memory of their own
+    if packed.values.numel() and not all(extreme.isfinite() for extreme in packed.values.aminmax()):
+        missing = int((~packed.values.isfinite()).sum())
+        raise ValueError(f"values must be finite as {packed.dtype}, got {missing} NaN or infinite ones")
 
 
 def quantization_config(layers: Mapping[str, PackedLayer]) -> dict[str, Any]:
@@ -341,14 +347,6 @@ def _refuse_unnamed(layers: Mapping[str, PackedLayer], tensors: Mapping[str, Sto
         layer, _, field = name.rpartition(".")
         if field == "values" and layer not in layers and {f"{layer}.bitmap", f"{layer}.metadata"} & tensors.keys():
             raise ValueError(f"{CONFIG}: {layer} is stored packed, but quantization_config does not name it; {DAMAGED}")
-
-
-def _not_finite(values: Tensor) -> int:
-    """How many are NaN or infinite."""
-    # the extremes, which NaN becomes, are found without memory of their own
-    if not values.numel() or all(extreme.isfinite() for extreme in values.aminmax()):
-        return 0
-    return int((~values.isfinite()).sum())
 
 
 def _pattern(format: type[Packed], shape: tuple[int, int], kept: int) -> str:

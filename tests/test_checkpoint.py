@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import sparsekern as sk
-from sparsekern import hf, manifest
+from sparsekern import checkpoint, hf, manifest
 from sparsekern.formats import Bitmap, SemiStructured
 from sparsekern.linear import SparseLinear
 from tests import tiny_models
@@ -353,3 +353,41 @@ def test_saving_and_verifying_take_the_memory_of_a_few_tensors_and_not_of_the_mo
         assert ran.returncode == 0, ran.stderr
         # one tensor is a ninety-sixth; what the libraries load when they are first used counts as well
         assert int(ran.stdout) < dense / 6, step
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "mixtral", "vit", "whisper"])
+def test_verify_compares_with_the_model_of_the_config(name, tmp_path):
+    model = prune(tiny_models.make(name))
+    sk.save(model, tmp_path / "out")
+    assert checkpoint.verify(tmp_path / "out").model == f"all that {type(model).__name__} needs"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"hidden_size": 40}, r"LlamaForCausalLM needs .*weight to be .*40.*, got .*32.*not of one model"),
+        (
+            {"num_hidden_layers": 4},
+            "LlamaForCausalLM needs model.layers.3.self_attn.q_proj.weight, which is not",
+        ),
+        ({"num_hidden_layers": "x"}, "cannot load model"),
+        ({"model_type": "nothing"}, "cannot load model"),
+    ],
+)
+def test_a_config_of_another_model_is_refused(changed, message, tmp_path):
+    sk.save(prune(tiny_models.llama()), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config | changed))
+    with pytest.raises(ValueError, match=message) as error:
+        checkpoint.verify(tmp_path / "out", hashes=False)
+    assert "\n" not in str(error.value)
+
+
+def test_names_that_no_model_has_are_said_not_to_be_compared(tmp_path):
+    sk.save(prune(tiny_models.llama()), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    report = checkpoint.verify(tmp_path / "out", hashes=False)
+    assert "not compared with LlamaForCausalLM as a whole: it has no model.layers.2." in report.model
+    sk.save(plain(), tmp_path / "plain")
+    assert "config.json names none of transformers' own" in checkpoint.verify(tmp_path / "plain").model

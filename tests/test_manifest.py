@@ -181,7 +181,7 @@ TENSOR_LIES = {
     "offsets that leave": (put("a.row_offsets", 1, 2**40), "a: row_offsets must not fall"),
     "offsets that begin late": (put("a.row_offsets", 0, 1), r"a: row_offsets must run from 0 to the \d+ values"),
     "offsets that end early": (put("a.row_offsets", 6, 1), "a: row_offsets must run from 0"),
-    "NaN": (put("a.values", 0, torch.nan), "a: values must be finite, got 1 NaN or infinite ones"),
+    "NaN": (put("a.values", 0, torch.nan), "a: values must be finite as torch.float32, got 1 NaN or infinite ones"),
     "inf": (put("b.values", 0, -torch.inf), "b: values must be finite"),
     "positions that fall": (put("b.metadata", 0, 0b0001), "b: positions must ascend: row 0, columns 0..3 have 1, 0"),
     "positions after the inputs": (put("b.metadata", 1, 0x4844), "b: positions after input 23 must be"),
