@@ -271,8 +271,8 @@ def test_a_checkpoint_of_other_settings_is_not_gone_on_with(tmp_path):
 def test_importing_sparsekern_leaves_the_trainer_alone():
     """It takes as long as all the rest; a callback is imported when it is asked for, and without the Trainer."""
     code = (
-        "import sys, sparsekern as sk; print(sum('transformers.trainer' in name for name in sys.modules), sk.KeepZeros.__name__, "
-        "'transformers.trainer' in sys.modules)"
+        "import sys, sparsekern as sk; print(sum('transformers.trainer' in name for name in sys.modules)); "
+        "print(sk.KeepZeros.__name__, 'transformers.trainer' in sys.modules)"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)
-    assert ran.stdout == "0 KeepZeros False\n"
+    assert ran.stdout == "0\nKeepZeros False\n"
