@@ -6,6 +6,11 @@
 
 #include "bind_cpu.h"
 
+#if defined(_OPENMP) && defined(__linux__)
+#include <omp.h>
+#include <pthread.h>
+#endif
+
 namespace sparsekern {
 namespace {
 
@@ -133,11 +138,21 @@ void addmm_checked(Address total, int64_t total_stride, Address a, int64_t a_row
   if (!done) throw std::bad_alloc();
 }
 
+// A child has the threads of OpenMP's pool in its books but not in its process, and would wait for them for ever, in
+// torch's regions too: https://gcc.gnu.org/bugzilla/show_bug.cgi?id=60035. So the pool of the thread that forks goes
+// before it does; the next region starts another, in the parent and in the child.
+void release_threads_before_fork() {
+#if defined(_OPENMP) && defined(__linux__)
+  pthread_atfork([] { omp_pause_resource_all(omp_pause_soft); }, nullptr, nullptr);
+#endif
+}
+
 }  // namespace
 }  // namespace sparsekern
 
 PYBIND11_MODULE(_cpu, module) {
   using namespace sparsekern;
+  release_threads_before_fork();
   module.attr("ABI") = kAbi;
   bind_bitmap(module);
   module.def("obs_sweep_sets", [] { return names_of(kObsSweepSets); }, "Those this machine has, best first.");

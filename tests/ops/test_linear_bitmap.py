@@ -339,13 +339,26 @@ run = lambda: linear_bitmap.KERNELS[0].run(x, operands, None, 600, 700)
 want = run()
 """
 FORK = """
-child = os.fork()
-if child == 0:
-    # a parallel region after a fork waits for threads that the fork did not copy, torch's too
-    torch.set_num_threads(1)
-    os._exit(0 if torch.equal(run(), want) else 1)
-assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-assert torch.equal(run(), want)
+import signal
+big = torch.randn(1 << 20)
+big + 1
+
+def in_a_child(generations):
+    child = os.fork()
+    if child == 0:
+        # who waits for threads that the fork did not copy is ended by SIGALRM
+        signal.alarm(60)
+        right = torch.equal(run(), want) and torch.equal(big + 1, 1 + big)
+        linear_bitmap.KERNELS[0].prepare(linear_bitmap.KERNELS[0].restore(operands, 600, 700))
+        linear_bitmap.KERNELS[0].run(x.repeat(1000, 1), operands, None, 600, 700)
+        if generations > 1:
+            in_a_child(generations - 1)
+        os._exit(0 if right else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+for _ in range(3):
+    in_a_child(2)
+    assert torch.equal(run(), want)
 """
 ONE_OPENMP = """
 torch.randn(500, 500) @ torch.randn(500, 500)
