@@ -265,7 +265,8 @@ def files_below(directory: Path) -> Iterator[str]:
 def regular(directory: Path, name: str) -> None:
     """Raises ValueError for what is no file, and for a link that leaves the directory."""
     path = directory / name
-    real, root = path.resolve(), directory.resolve()
+    # Path.resolve() raises RuntimeError for a link to itself, up to Python 3.12
+    real, root = Path(os.path.realpath(path)), directory.resolve()
     # the hub keeps a snapshot's files beside it, under their hashes
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
     if not real.is_relative_to(root) and real.parent != blobs:

@@ -252,6 +252,10 @@ def test_a_directory_that_is_a_link_is_refused_as_are_dangling_links_and_pipes(c
     with pytest.raises(ValueError, match="'more' must be a file, got a dangling link"):
         checkpoint.verify(copy)
     (copy / "more").unlink()
+    (copy / "more").symlink_to("more")
+    with pytest.raises(ValueError, match="'more' must be a file, got a dangling link"):
+        checkpoint.verify(copy)
+    (copy / "more").unlink()
     os.mkfifo(copy / "more")
     with pytest.raises(ValueError, match="'more' must be a file, got something else"):
         checkpoint.verify(copy)
