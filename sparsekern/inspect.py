@@ -134,7 +134,7 @@ def _keeps(kept: Tensor, n: int, m: int) -> bool:
 
 def _is_weight(name: str, shape: tuple[int, ...]) -> bool:
     # experts may have a bias in one matrix, and convolutions have three dimensions
-    return (len(shape) == 2 or (len(shape) == 3 and "expert" in name)) and not name.endswith("bias")
+    return (len(shape) == 2 or (len(shape) == 3 and shape[0] > 0 and "expert" in name)) and not name.endswith("bias")
 
 
 def _is_packed(directory: Path) -> bool:

@@ -136,3 +136,54 @@ def test_every_grad_mode_gives_the_same_bits(format, mode):
     want = sparse(x)
     with mode():
         assert torch.equal(sparse(x), want)
+
+
+needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@needs_card
+@every_layer
+def test_a_cuda_graph_replays_on_new_inputs(format, dtype):
+    layer = dense_layer(dtype).cuda()
+    sparse = sk.SparseLinear.from_linear(layer, format)
+    x = torch.randn(5, IN).to(dtype).cuda()
+    warm = torch.cuda.Stream()
+    warm.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm):
+        sparse(x)
+    torch.cuda.current_stream().wait_stream(warm)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = sparse(x)
+    for _ in range(3):
+        x.normal_()
+        graph.replay()
+        assert_right(y, x, layer)
+
+
+@needs_card
+@every_layer
+def test_two_streams_do_not_disturb_each_other(format, dtype):
+    layer = dense_layer(dtype).cuda()
+    sparse = sk.SparseLinear.from_linear(layer, format)
+    inputs, streams = [torch.randn(7, IN).to(dtype).cuda() for _ in range(2)], [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    outputs = []
+    for _ in range(50):
+        for x, stream in zip(inputs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                outputs.append((sparse(x), x))
+    torch.cuda.synchronize()
+    for y, x in outputs:
+        assert_right(y, x, layer)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second CUDA device")
+@every_layer
+def test_a_card_that_is_not_the_first_serves(format, dtype):
+    layer = dense_layer(dtype).to("cuda:1")
+    sparse = sk.SparseLinear.from_linear(layer, format)
+    x = torch.randn(5, IN).to(dtype).to("cuda:1")
+    assert_right(sparse(x), x, layer)
+    with pytest.raises((ValueError, RuntimeError), match="device"):
+        sparse(x.to("cuda:0"))
