@@ -189,3 +189,36 @@ def test_a_skeleton_needs_no_more_than_a_config(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
     with refused("^cannot load model '/"):
         hf.skeleton(tmp_path)
+
+
+class Planted:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_pickle_is_never_opened(tmp_path):
+    tiny_models.llama().config.save_pretrained(tmp_path)
+    torch.save({"model.embed_tokens.weight": Planted(tmp_path / "opened")}, tmp_path / "pytorch_model.bin")
+    with refused("^cannot load model '/"):
+        hf.load(tmp_path)
+    assert not (tmp_path / "opened").exists()
+
+
+def test_code_of_a_checkpoint_runs_only_when_it_is_trusted(tmp_path):
+    (tmp_path / "planted.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import LlamaConfig as Config\n"
+    )
+    auto = {"AutoConfig": "planted.Config", "AutoModelForCausalLM": "planted.Model", "AutoTokenizer": "planted.Tokens"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-model", "auto_map": auto}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"auto_map": {"AutoTokenizer": ["planted.Tokens", None]}})
+    )
+    for load in (hf.load, hf.skeleton, hf.tokenizer):
+        with pytest.raises(ValueError, match="^cannot load (model|tokenizer) '/"):
+            load(tmp_path)
+    assert not (tmp_path / "ran").exists()
