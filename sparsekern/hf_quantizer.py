@@ -26,7 +26,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsekern import checkpoint
-from sparsekern.linear import SparseLinear, as_served, replace_module
+from sparsekern.linear import SparseLinear, as_served, densify, replace_module
 from sparsekern.manifest import FIELDS, INDEX, QUANT_METHOD, Manifest, Packed, check_packed, read_layers, read_manifest
 from sparsekern.ops import compiled
 from sparsekern.shards import Reader
@@ -91,6 +91,16 @@ class SparsekernQuantizer(HfQuantizer):
             replace_module(model, name, _sparse(name, model.get_submodule(name)))
         # a partial, because a copy of the model and one from a pickle must save themselves
         model.save_pretrained = functools.partial(_save_pretrained, model)
+
+    def _dequantize(self, model, dtype: torch.dtype | None = None):
+        """What model.dequantize() does: every packed layer dense, with the same bits, and trained like any other."""
+        packed = [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]
+        densify(model)
+        for name in packed:
+            model.get_submodule(name).requires_grad_(True)
+        model.__dict__.pop("save_pretrained", None)
+        # the model's own dtype is none to cast to: it keeps some modules in float32
+        return model if dtype == model.config.dtype else model.to(dtype)
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True

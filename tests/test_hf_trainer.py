@@ -230,6 +230,27 @@ def test_what_cannot_be_trained_with_zeros_is_refused(tmp_path):
             trainer(packed, tmp_path, callback)
 
 
+def test_a_compressed_checkpoint_is_unpacked_trained_and_packed_again(tmp_path):
+    model = pruned()
+    there = zeros(model)
+    sk.sparsify(model, plan=sk.Unmeasured())
+    sk.save(model, tmp_path / "packed")
+    model = sk.load(tmp_path / "packed")
+    # transformers' own refusal comes before ours
+    with pytest.raises(ValueError, match="cannot perform fine-tuning on purely quantized models"):
+        trainer(model, tmp_path, KeepZeros())
+    model.dequantize()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    changed = {"save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 3, "save_steps": 3}
+    trainer(model, tmp_path / "run", KeepZeros(), load_best_model_at_end=True, **changed).train()
+    assert same(zeros(model), there)
+    assert same(zeros(hf.load(tmp_path / "run/checkpoint-3")), there)
+    sk.sparsify(model, plan=sk.Unmeasured())
+    sk.save(model, tmp_path / "again")
+    again = sk.load(tmp_path / "again")
+    torch.testing.assert_close(again(TOKENS[:2]).logits, model(TOKENS[:2]).logits)
+
+
 def test_sharded_models_are_refused():
     model, callback = pruned(), KeepZeros()
     for way in ("fsdp", "deepspeed"):
