@@ -15,7 +15,17 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from sparsekern.experts import Expert, UnreadableExpertsError, orientation
-from sparsekern.hf_files import fingerprint, load, quiet, save, skeleton, tokenizer, write_config
+from sparsekern.hf_files import (
+    fingerprint,
+    has_tokenizer,
+    load,
+    processor_files,
+    quiet,
+    save,
+    skeleton,
+    tokenizer,
+    write_config,
+)
 
 __all__ = [
     "Layer",
@@ -25,18 +35,21 @@ __all__ = [
     "facts",
     "fingerprint",
     "gradient",
+    "has_tokenizer",
+    "is_transposed",
     "layers",
     "load",
     "one_by_one",
     "parameter",
     "positions",
+    "processor_files",
     "quiet",
     "save",
     "skeleton",
     "skipped",
     "tokenizer",
-    "write_config",
     "weight",
+    "write_config",
 ]
 
 # one weight matrix W that x is multiplied by

@@ -18,6 +18,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from sparsekern.publish import publish
 
 TOKENIZER_FILES = ("*token*", "vocab*", "*.model")
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 # what transformers raises on a config.json that makes no sense
 BROKEN_CONFIG = (KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError)
 
@@ -99,7 +100,7 @@ def tokenizer(path_or_name: str | Path, revision: str | None = None, trust_remot
     """The tokenizer of a local directory or of the hub. Raises ValueError, in one line, when there is none."""
     source = _source(path_or_name)
     # transformers 5.0 would make an empty one up
-    if os.path.isdir(source) and not any(any(Path(source).glob(files)) for files in TOKENIZER_FILES):
+    if not has_tokenizer(source):
         raise ValueError(f"cannot load tokenizer {str(path_or_name)!r}: the directory holds none")
     try:
         return transformers.AutoTokenizer.from_pretrained(
@@ -107,6 +108,18 @@ def tokenizer(path_or_name: str | Path, revision: str | None = None, trust_remot
         )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         raise ValueError(_in_one_line("tokenizer", path_or_name, error)) from error
+
+
+def has_tokenizer(path_or_name: str | Path) -> bool:
+    """Whether there is one to be loaded: a local directory may hold a model of images or sound."""
+    source = Path(os.path.expanduser(path_or_name))
+    return not source.is_dir() or any(any(source.glob(files)) for files in TOKENIZER_FILES)
+
+
+def processor_files(path_or_name: str | Path) -> dict[str, str]:
+    """What a local checkpoint has to make inputs of images and sound, as name -> text; nothing of one on the hub."""
+    paths = [Path(os.path.expanduser(path_or_name), name) for name in PROCESSOR_FILES]
+    return {path.name: path.read_text(encoding="utf-8") for path in paths if path.is_file()}
 
 
 def save(model: nn.Module, tokenizer, directory: str | Path, files: Mapping[str, str]) -> None:

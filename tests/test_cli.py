@@ -10,7 +10,9 @@ from typer.testing import CliRunner
 from sparsekern import grid
 from sparsekern.cli import app
 from sparsekern.demo import MODEL
+from sparsekern.inspect import inspect
 from sparsekern.methods import METHODS
+from tests import tiny_models
 
 CALIBRATION, HELDOUT = str(MODEL / "calibration.txt"), str(MODEL / "heldout.txt")
 SMALL = ("--samples", "4", "--seqlen", "64")
@@ -113,6 +115,18 @@ def test_with_bits_sparsegpt_rounds_in_its_one_sweep(tmp_path):
     weight = AutoModelForCausalLM.from_pretrained(tmp_path / "out").model.layers[0].mlp.up_proj.weight.detach()
     integers, _ = grid.recover(weight, 4, 128)
     assert integers.unique().tolist() == list(range(-7, 8))
+
+
+def test_a_model_of_images_is_pruned_without_a_tokenizer_and_keeps_its_processor(tmp_path):
+    tiny_models.make("vit").save_pretrained(tmp_path / "vit")
+    (tmp_path / "vit" / "preprocessor_config.json").write_text('{"image_processor_type": "ViTImageProcessor"}')
+    run("prune", tmp_path / "vit", "--method", "magnitude", "--pattern", "2:4", "-o", tmp_path / "out")
+    kept = (tmp_path / "out" / "preprocessor_config.json").read_text()
+    assert kept == '{"image_processor_type": "ViTImageProcessor"}'
+    assert {report.pattern for report in inspect(tmp_path / "out") if "encoder" in report.name} == {"2:4"}
+    text = ("--calibration", CALIBRATION)
+    refused = run("prune", tmp_path / "vit", "--pattern", "2:4", *text, "-o", tmp_path / "other", code=2)
+    assert "cannot load tokenizer" in refused.stderr
 
 
 def test_inspect_finds_the_pattern_in_what_prune_wrote(pruned):

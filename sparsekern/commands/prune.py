@@ -112,7 +112,9 @@ def command(
         raise ValueError(f"{what} needs --calibration: a file of text, .jsonl or .parquet, or a dataset name")
     on_disk, whole = _on_disk(model, output, dtype, settings, wanted, permute, allocation)
     source = load(model, dtype) if on_disk is None else on_disk.model
-    tokenizer, seqlen = hf.tokenizer(model), window(source, seqlen)
+    reads_text = calibration is not None or heldout is not None
+    tokenizer = hf.tokenizer(model) if reads_text or hf.has_tokenizer(model) else None
+    seqlen = window(source, seqlen)
     batches = None
     if calibration is not None:
         batches = calibration_of(tokenizer, calibration, samples, seqlen, seed)
@@ -157,6 +159,7 @@ def command(
         return {
             "README.md": model_card(_name(model), command, report, described, perplexity, facts, first.values()),
             "sparsekern.json": json.dumps(result, indent=1),
+            **hf.processor_files(model),
         }
 
     how = {"finish": fitting, "skip": skip or [], "progress": not as_json}
