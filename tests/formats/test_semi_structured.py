@@ -124,3 +124,23 @@ def test_groups_after_the_last_input_must_be_as_they_are_packed():
     packed.validate()
     with pytest.raises(ValueError, match="positions after input 3 must be 0, 1, got others in row 1"):
         SemiStructured(packed.values, torch.tensor([[0x4444], [0x4484]], dtype=torch.int16), 4).validate()
+
+
+@given(
+    rows=st.integers(1, 5),
+    groups=st.integers(1, 9),
+    place=st.integers(0, 10**6),
+    word=st.integers(-(2**15), 2**15 - 1),
+)
+def test_any_metadata_is_refused_or_is_another_2_4_weight(rows, groups, place, word):
+    packed = SemiStructured.pack(pruned(rows, groups))
+    metadata = packed.metadata.clone()
+    metadata.view(-1)[place % metadata.numel()] = word
+    changed = replace(packed, metadata=metadata)
+    try:
+        changed.validate()
+    except ValueError:
+        return
+    dense = changed.to_dense()
+    assert ((dense.view(rows, groups, 4) != 0).sum(dim=2) <= 2).all()
+    assert torch.equal(dense[dense != 0].sort().values, packed.values[packed.values != 0].sort().values)

@@ -237,3 +237,38 @@ def test_any_size_is_packed_as_the_format_does(rows, columns, density, dtype, is
     packed = bitmap_rows._pack_cpu(dense, isa)
     assert_same(packed, Bitmap.pack(dense))
     assert torch.equal(bitmap_rows.to_dense(packed, isa), dense + 0.0)
+
+
+@needs_cpu
+@given(
+    field=st.sampled_from(["values", "bitmap", "row_offsets"]),
+    place=st.integers(0, 10**6),
+    value=st.integers(-(2**63), 2**63 - 1),
+    shape=st.sampled_from([(1, 1), (7, 37), (20, 64)]),
+    isa=st.sampled_from(SETS or ("",)),
+)
+def test_any_change_is_refused_or_is_another_weight(field, place, value, shape, isa):
+    """Every kernel judges as the format does, and what passes holds as many values as bits."""
+    packed = Bitmap.pack(weight(*shape))
+    changed = getattr(packed, field).clone()
+    raw = changed.view(-1).view(torch.uint8)
+    if not len(raw):
+        return
+    at = place % len(raw)
+    raw[at : at + 8] = torch.tensor([value]).view(torch.uint8)[: len(raw[at : at + 8])]
+    changed = replace(packed, **{field: changed})
+
+    def refusal(validate, *args):
+        try:
+            validate(*args)
+        except ValueError as error:
+            return str(error)
+
+    refused = refusal(changed.validate)
+    assert refusal(bitmap_rows.validate, changed, isa) == refused
+    if refused:
+        return
+    dense = bitmap_rows.to_dense(changed, isa)
+    # the bits, so that NaN among the values counts
+    assert torch.equal(dense[changed.kept()].view(torch.int32), changed.values.view(torch.int32))
+    assert not dense[~changed.kept()].any()
