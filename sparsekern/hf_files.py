@@ -20,7 +20,7 @@ from sparsekern.publish import publish
 TOKENIZER_FILES = ("*token*", "vocab*", "*.model")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 # what transformers raises on a config.json that makes no sense
-BROKEN_CONFIG = (KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError)
+BROKEN_CONFIG = (LookupError, TypeError, AttributeError, ArithmeticError, StrictDataclassError)
 
 
 def quiet() -> None:

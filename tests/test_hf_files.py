@@ -186,9 +186,10 @@ def test_a_skeleton_needs_no_more_than_a_config(tmp_path):
     assert (type(skeleton).__name__, skeleton.dtype) == ("LlamaForCausalLM", torch.bfloat16)
     assert hf.skeleton(tmp_path, dtype=torch.float32).dtype == torch.float32
     assert skeleton.lm_head.weight is skeleton.model.embed_tokens.weight
-    (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
-    with refused("^cannot load model '/"):
-        hf.skeleton(tmp_path)
+    for broken in ('{"model_type": "no-such-model"}', '{"model_type": "llama", "dtype": []}'):
+        (tmp_path / "config.json").write_text(broken)
+        with refused("^cannot load model '/"):
+            hf.skeleton(tmp_path)
 
 
 class Planted:
