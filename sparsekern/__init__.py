@@ -15,6 +15,7 @@ from sparsekern.oneshot import prune
 from sparsekern.pattern import NM, Unstructured, as_pattern
 from sparsekern.permute import permute
 from sparsekern.plan import Plan, Unmeasured
+from sparsekern.streaming import prune_streaming
 from sparsekern.text import read_calibration
 
 __version__ = "0.1.0"
@@ -49,6 +50,7 @@ __all__ = [
     "measure",
     "permute",
     "prune",
+    "prune_streaming",
     "read_calibration",
     "save",
     "sparsify",

@@ -156,6 +156,8 @@ class Weights:
         for name, pattern in stack.names:
             rule.add_tensor(stack.first, name, pattern, read(name).to(dtype))
         converted = rule.convert(stack.first, model=self._model, config=self._model.config)
+        # transformers 5.0 returns what went wrong beside it
+        converted = converted[0] if isinstance(converted, tuple) else converted
         lists = {self._known_as[name]: tensor for name, tensor in converted.items() if name in self._known_as}
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in lists.items()}
 

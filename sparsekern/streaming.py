@@ -196,11 +196,11 @@ class _Run(OnDisk):
         if self.report() is None or not published:
             refuse_existing(output)
             self._folder.mkdir(exist_ok=True)
-            for block, done in self._blocks():
-                path = self._folder / self._files[block]
-                if not path.is_file() or model_files.digest(path) != done["sha256"]:
-                    raise ValueError(f"{str(path)!r} is not what an earlier run wrote there; {remedy}")
-                self.pager.read_from(path)
+        for block, done in self._blocks():
+            path = (self._folder if self._folder.exists() else output) / self._files[block]
+            if not path.is_file() or model_files.digest(path) != done["sha256"]:
+                raise ValueError(f"{str(path)!r} is not what an earlier run wrote there; {remedy}")
+            self.pager.read_from(path)
         _sync(work)
         self.checked = bool(self._journal.done)
         self._before = max((done["seconds"] for _, done in self._blocks()), default=0.0)

@@ -53,6 +53,19 @@ def counted(strike: Callable[[int, str, Callable, tuple], None]) -> Iterator[lis
             back()
 
 
+def stop_after(monkeypatch, blocks: int, error: BaseException | type = KeyboardInterrupt) -> None:
+    """From now on the shards of so many blocks get their name, and the next one raises an error."""
+    written, replace = [], os.replace
+
+    def stop(*args):
+        if len(written) == blocks:
+            raise error
+        written.append(args)
+        replace(*args)
+
+    monkeypatch.setattr(os, "replace", stop)
+
+
 def calls(run: Callable[[], object]) -> list[str]:
     """The calls that change the disk in one run, made here and now."""
     with counted(lambda *_: None) as made:

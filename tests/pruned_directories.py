@@ -43,3 +43,8 @@ def without_seconds(report: dict[str, Any]) -> dict[str, Any]:
 
 def _files(report) -> dict[str, str]:
     return {"README.md": "# pruned\n", "sparsekern.json": json.dumps(report.to_json())}
+
+
+def shards(directory: Path) -> dict[str, bytes]:
+    """The files of weights by name."""
+    return {path.name: path.read_bytes() for path in directory.glob("*.safetensors")}

@@ -1,7 +1,6 @@
 """prune_streaming(): the bits of prune(), a block in memory at a time, whatever ends the run before it is done."""
 
 import errno
-import os
 import shutil
 
 import pytest
@@ -15,7 +14,8 @@ from sparsekern.model_files import UnreadableError
 from sparsekern.publish import LockedError, lock
 from sparsekern.streaming import OnDisk, prune_streaming, work_directory
 from tests import tiny_models
-from tests.killed import calls, killed
+from tests.killed import calls, killed, stop_after
+from tests.limited import data_bytes, random_checkpoint, under_limit
 from tests.pruned_directories import contents, saved, streaming_run, without_seconds
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -103,6 +103,25 @@ def test_one_block_has_its_weights_at_a_time(source):
     assert all(p.is_meta for _, block in blocks for p in block.parameters())
 
 
+def test_a_process_that_may_not_hold_the_model_prunes_it(tmp_path, output):
+    """At the size of a test; tests/soak/soak_memory.py has 1.7 GB."""
+    sizes = {"vocab_size": 97, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8}
+    size = random_checkpoint(tmp_path / "dense", **sizes, num_attention_heads=4)
+    batches = tiny_models.batches("llama")
+
+    def whole():
+        model = hf.load(tmp_path / "dense")
+        sk.prune(model, sk.Wanda(), 0.5, batches, errors=False)
+
+    def streaming():
+        prune_streaming(tmp_path / "dense", output, sk.Wanda(), 0.5, batches, errors=False)
+
+    limit = data_bytes() + size // 2
+    assert under_limit(streaming, limit)[0] is None
+    assert output.exists()
+    assert under_limit(whole, limit)[0] is not None
+
+
 def test_a_killed_run_goes_on_to_the_same_bytes(source, output, tmp_path):
     """Six points of those that tests/soak/soak_kill.py goes through."""
     made = calls(streaming_run("llama", source, tmp_path / "wanted", method=GPT, pattern=0.5))
@@ -132,19 +151,6 @@ def test_what_is_done_is_not_done_again(source, output, capsys, monkeypatch):
     report = prune_streaming(source, output, GPT, 0.5, tiny_models.batches("llama"), progress=True)
     assert (len(pruned), len(report.layers)) == (7, 21)
     assert "21/21" in capsys.readouterr().err
-
-
-def stop_after(monkeypatch, blocks, error=KeyboardInterrupt):
-    """Let the shards of so many blocks be written, and interrupt the next."""
-    written, replace = [], os.replace
-
-    def stop(*args):
-        if len(written) == blocks:
-            raise error
-        written.append(args)
-        replace(*args)
-
-    monkeypatch.setattr(os, "replace", stop)
 
 
 def test_an_interrupted_run_says_that_it_goes_on(source, output, monkeypatch):
