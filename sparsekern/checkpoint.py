@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparsekern import hf
 from sparsekern.convert import convert
-from sparsekern.linear import SparseLinear, as_served, densify, replace_module
+from sparsekern.linear import SparseLinear, densify, replace_module
 from sparsekern.manifest import (
     CONFIG,
     INDEX,
@@ -306,7 +306,7 @@ def _sparse_linear(module: nn.Module, packed: Packed, bias: Stored | None, reade
     device = tensors[0].device if tensors and not tensors[0].is_meta else torch.device("cpu")
     mapped = {name: value for name, value in vars(packed).items() if isinstance(value, Tensor)}
     fields = {name: value.to(device) for name, value in mapped.items()}
-    own = as_served(type(packed)(**fields, in_features=packed.in_features))
+    own = type(packed)(**fields, in_features=packed.in_features)
     made = SparseLinear(own, None if bias is None else reader.read(bias).to(device, copy=True))
     addresses = {value.data_ptr() for value in mapped.values()}
     for name, operand in list(made._buffers.items()):

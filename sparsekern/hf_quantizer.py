@@ -26,7 +26,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsekern import checkpoint
-from sparsekern.linear import SparseLinear, as_served, densify, replace_module
+from sparsekern.linear import SparseLinear, densify, replace_module
 from sparsekern.manifest import FIELDS, INDEX, QUANT_METHOD, Manifest, Packed, check_packed, read_layers, read_manifest
 from sparsekern.ops import compiled
 from sparsekern.shards import Reader
@@ -218,7 +218,7 @@ def _sparse(name: str, awaiting: Awaiting) -> SparseLinear:
         packed = awaiting.packed()
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    return SparseLinear(as_served(packed), awaiting.bias).train(awaiting.training)
+    return SparseLinear(packed, awaiting.bias).train(awaiting.training)
 
 
 def _save_pretrained(

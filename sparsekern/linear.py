@@ -7,18 +7,34 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from sparsekern.formats import Bitmap, SemiStructured
+from sparsekern.lazy_weight import LazyWeight
 from sparsekern.ops import LINEAR_KERNELS, compiled, pack, to_dense
 from sparsekern.ops.kernel import Kernel, pick
 from sparsekern.plan import Plan, Unmeasured
 
 Packed = SemiStructured | Bitmap
 
+# what autocast casts
+_AUTOCAST = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class _EmptyLike(TorchFunctionMode):
+    """While open, `called` becomes True when torch.empty_like is called."""
+
+    called = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.called |= func is torch.empty_like
+        return func(*args, **(kwargs or {}))
+
 
 class SparseLinear(nn.Module):
-    """y = x W^T + bias with a packed W, for inference.
+    """y = x W^T + bias with a packed W.
 
     packed  the weight in one of sparsekern.formats
     bias    [out_features] in the dtype of the values, or None
@@ -27,6 +43,9 @@ class SparseLinear(nn.Module):
     Only the tensors that the kernel reads are kept; `packed` and `weight` are rebuilt from them on demand. The state
     dict holds the dense weight, so that what is saved loads everywhere. Raises ValueError with every kernel's reason
     when all refuse, and for a bias that is not the weight's.
+
+    x gets a gradient, so that adapters beside the layer and what comes before it can be trained: backward builds the
+    dense weight and is as slow as that. The packed weight and the bias are no parameters and stay as they are.
     """
 
     def __init__(self, packed: Packed, bias: Tensor | None = None, kernel: Kernel | None = None):
@@ -47,7 +66,19 @@ class SparseLinear(nn.Module):
         return cls(pack(linear.weight.detach(), format), linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] in the dtype of the weight -> y [..., out_features]."""
+        """x [..., in_features] in the dtype of the weight -> y [..., out_features].
+
+        Under autocast x may have another dtype, and y has autocast's, as with nn.Linear; what is multiplied has the
+        weight's.
+        """
+        device = x.device.type
+        # there is no autocast on the meta device, and asking for it is an error
+        if device != "meta" and torch.is_autocast_enabled(device):
+            x = x.to(self.dtype) if x.dtype in _AUTOCAST else x
+            return self._multiply(x).to(torch.get_autocast_dtype(device))
+        return self._multiply(x)
+
+    def _multiply(self, x: Tensor) -> Tensor:
         buffers = self._buffers
         operands = tuple(buffers[name] for name in self._operand_names)
         return self._run(x, operands, self.bias, self.out_features, self.in_features)
@@ -60,8 +91,18 @@ class SparseLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight [out_features, in_features], rebuilt: the same bits that were packed."""
-        return to_dense(self.packed)
+        """The dense weight [out_features, in_features]: the same bits that were packed, rebuilt when they are read.
+
+        It cannot be written to.
+        """
+        if torch.compiler.is_compiling():
+            return self._dense()
+        return LazyWeight((self.out_features, self.in_features), self.dtype, self.device, self._dense)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the packed weight is."""
+        return self._buffers[self._operand_names[0]].device
 
     @property
     def nbytes(self) -> int:
@@ -82,13 +123,31 @@ class SparseLinear(nn.Module):
         for name, operand in zip(self._operand_names, operands, strict=True):
             self.register_buffer(name, operand, persistent=False)
 
+    def _dense(self) -> Tensor:
+        operands = tuple(self._buffers[name] for name in self._operand_names)
+        if self.kernel.dense is None:
+            return to_dense(self.packed)
+        return self.kernel.dense(operands, self.out_features, self.in_features)
+
     def _apply(self, fn, recurse: bool = True) -> "SparseLinear":
-        # a kernel's own order may not survive another dtype or device: go through the canonical one, and pick again
-        packed = self.packed
-        moved = {name: fn(value) for name, value in vars(packed).items() if isinstance(value, Tensor)}
+        with _EmptyLike() as empty_like:
+            # without values, it says what becomes of those
+            probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         if self.bias is not None:
             self.bias = fn(self.bias)
-        packed = self.format(**{**vars(packed), **moved})
+        if probe.is_meta or ((probe.dtype, probe.device) == (self.dtype, self.device) and not empty_like.called):
+            # what has no values to read, as on the meta device, and what stays as it is, as in share_memory()
+            for name in self._operand_names:
+                self._buffers[name] = fn(self._buffers[name])
+            return self
+        if empty_like.called:
+            # to_empty() leaves what happens to be in memory, which must not be taken for a bitmap
+            packed = pack(probe.new_zeros(self.out_features, self.in_features), self.format)
+        else:
+            # a kernel's own order may not survive another dtype or device: go through the canonical one
+            packed = self.packed
+            moved = {name: fn(value) for name, value in vars(packed).items() if isinstance(value, Tensor)}
+            packed = self.format(**{**vars(packed), **moved})
         before = self.kernel.name
         self._adopt(packed, pick(LINEAR_KERNELS[self.format], packed))
         if self.kernel.name == "reference" != before:
@@ -97,7 +156,7 @@ class SparseLinear(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"] = self.weight
+        destination[prefix + "weight"] = self._dense()
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         weight = state_dict.get(prefix + "weight")
@@ -106,9 +165,15 @@ class SparseLinear(nn.Module):
         elif tuple(weight.shape) != (self.out_features, self.in_features):
             errors.append(f"{prefix}weight: expected {[self.out_features, self.in_features]}, got {list(weight.shape)}")
         else:
-            own = self.packed
+            # on the meta device nothing can be packed: the layer comes to where its values are
+            device = weight.device if self.device.type == "meta" else self.device
             try:
-                self._adopt(pack(weight.to(own.device, own.dtype), self.format), self.kernel)
+                packed = pack(weight.detach().to(device, self.dtype), self.format)
+                if device == self.device:
+                    self._adopt(packed, self.kernel)
+                else:
+                    self._adopt(packed, pick(LINEAR_KERNELS[self.format], packed))
+                    self.bias = None if self.bias is None else torch.empty_like(self.bias, device=device)
             except ValueError as error:
                 errors.append(f"{prefix}weight: {error}")
         rest = {key: value for key, value in state_dict.items() if key != prefix + "weight"}
@@ -208,23 +273,11 @@ def densify(model: nn.Module, layers: Iterable[str] | None = None) -> None:
             continue
         if id(module) not in done:
             linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-            linear.weight = nn.Parameter(module.weight, requires_grad=False)
+            linear.weight = nn.Parameter(module._dense(), requires_grad=False)
             if module.bias is not None:
                 linear.bias = nn.Parameter(module.bias, requires_grad=False)
             done[id(module)] = linear.train(module.training)
         replace_module(model, name, done[id(module)])
-
-
-def as_served(packed: Packed) -> Packed:
-    """`packed`, or the same weight as a bitmap where that has a compiled kernel and `packed` has only the reference."""
-    if isinstance(packed, Bitmap) or pick(LINEAR_KERNELS[type(packed)], packed).name != "reference":
-        return packed
-    try:
-        repacked = Bitmap.pack(packed.to_dense())
-    except ValueError:
-        # a dtype that bitmaps do not have
-        return packed
-    return packed if pick(LINEAR_KERNELS[Bitmap], repacked).name == "reference" else repacked
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -249,7 +302,7 @@ def _left_dense(name: str, linear: nn.Linear, skip: tuple[str, ...], shared: set
 def _swap(linear: nn.Linear, plan: Plan | Unmeasured, tokens: tuple[int, ...]) -> tuple[SparseLinear | None, str]:
     """The best SparseLinear for `linear`, or None, and the reason for either."""
     weight = linear.weight.detach()
-    reasons, last_resort = [], None
+    reasons = []
     for format in (SemiStructured, Bitmap):
         try:
             packed = pack(weight, format)
@@ -264,12 +317,8 @@ def _swap(linear: nn.Linear, plan: Plan | Unmeasured, tokens: tuple[int, ...]) -
             reasons.append(f"{format.name}: {decision.reason}")
             continue
         kernel = next(k for k in LINEAR_KERNELS[format] if k.name == decision.kernel)
-        swapped = SparseLinear(packed, linear.bias, kernel).train(linear.training)
-        if kernel.name != "reference":
-            return swapped, decision.reason
-        # another format may have a compiled kernel
-        last_resort = last_resort or (swapped, decision.reason)
-    return last_resort or (None, "; ".join(reasons))
+        return SparseLinear(packed, linear.bias, kernel).train(linear.training), decision.reason
+    return None, "; ".join(reasons)
 
 
 def _shared_weights(model: nn.Module) -> set[int]:

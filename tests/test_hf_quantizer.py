@@ -17,7 +17,8 @@ from tests import compressed, tiny_models
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-UP = "model.layers.1.mlp.up_proj"
+# one layer of each format
+UP, GATE = "model.layers.1.mlp.up_proj", "model.layers.1.mlp.gate_proj"
 
 
 @pytest.fixture(scope="module")
@@ -190,9 +191,13 @@ DAMAGE = {
     "an offset lies": (lambda t, e, w, c: t[f"{UP}.row_offsets"][3:4].add_(1), f"{UP}: bitmap keeps"),
     "a bit too many": (
         lambda t, e, w, c: t[f"{UP}.bitmap"][0, 0].fill_(255),
-        f"{UP}: bitmap keeps 20 weights in row 0",
+        f"{UP}: bitmap keeps 24 weights in row 0",
     ),
     "a value too few": (lambda t, e, w, c: t.update({f"{UP}.values": t[f"{UP}.values"][:-1].clone()}), UP),
+    "a position lies": (
+        lambda t, e, w, c: t[f"{GATE}.metadata"][2, 0].fill_(0),
+        f"{GATE}: positions must ascend: row 2",
+    ),
     "a value is NaN": (lambda t, e, w, c: t[f"{UP}.values"][5:6].fill_(torch.nan), f"{UP}: values must be finite"),
     "the version is newer": (lambda t, e, w, c: e.update(format_version=2), "format_version 2 is newer than 1"),
     "the version is no number": (lambda t, e, w, c: e.update(format_version="1"), "format_version must be"),

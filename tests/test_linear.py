@@ -189,27 +189,18 @@ def test_a_layer_with_a_hook_stays_dense():
     assert "forward hooks" in dict(sk.sparsify(model, plan=sk.Unmeasured()).dense)["0"]
 
 
-def test_a_24_weight_without_a_kernel_of_its_own_goes_to_one_that_is_compiled():
+def test_a_24_weight_is_served_by_a_compiled_kernel_and_stays_24():
     model = nn.Sequential(pruned_linear())
     (row,) = sk.sparsify(model, plan=sk.Unmeasured()).swapped
     if row["kernel"] == "reference":
         pytest.skip(f"no compiled kernel: {compiled.why_not('cpu')}")
-    assert (row["format"], row["kernel"]) == ("bitmap", "cpu")
+    assert (row["format"], row["kernel"]) == ("2:4", "cpu")
 
 
 def test_what_packing_would_make_larger_stays_dense():
     model = nn.Sequential(nn.Linear(64, 64))
     reason = dict(sk.sparsify(model, plan=sk.Unmeasured()).dense)["0"]
     assert "bitmap: packed it would take 17,416 bytes, dense 16,384" in reason
-
-
-def test_a_gradient_is_an_error_and_not_silence():
-    sparse = sk.SparseLinear.from_linear(pruned_linear(), Bitmap)
-    if sparse.kernel.name == "reference":
-        pytest.skip(f"no compiled kernel: {compiled.why_not('cpu')}")
-    x = torch.randn(3, 100, requires_grad=True)
-    with pytest.raises(RuntimeError, match="passes no gradient on"):
-        sparse(x).sum().backward()
 
 
 @FORMATS

@@ -20,6 +20,7 @@ class Kernel:
     refuses: Callable[..., str | None]
     prepare: Callable[..., Any] | None = None
     restore: Callable[..., Any] | None = None
+    dense: Callable[..., Any] | None = None
 
 
 def never_refuses(*_: Any) -> None:

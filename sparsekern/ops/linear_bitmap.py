@@ -7,17 +7,25 @@ time, for torch's own linear.
 The CPU kernels read the weight in panels of 16 outputs (bitmap_panels.py); the CUDA kernel reads it as it is saved.
 
 NaN and inf in x reach every output, as in the dense product. On a processor with AVX512_BF16 subnormal weights and
-inputs count as zero. No gradient passes: backward is an error.
+inputs count as zero.
+
+The gradient of x is g W, with the dense weight W, which is built for it and freed: slow beside the forward pass. The
+packed weight has none.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from sparsekern.formats import SemiStructured
 from sparsekern.formats.bitmap import Bitmap
 from sparsekern.ops import bitmap_rows, compiled
 from sparsekern.ops.bitmap_panels import PANEL_ROWS, addresses, from_panels, to_panels
 from sparsekern.ops.kernel import Kernel, never_refuses
+
+Packed = Bitmap | SemiStructured
 
 _NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _CUDA_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -111,10 +119,12 @@ def _linear_bitmap_cpu(
     _check(x, values, bias, in_features)
     flat = x.reshape(-1, in_features) if in_features else x.reshape(x.shape[:-1].numel(), 0)
     flat = flat.contiguous()
-    y = x.new_empty(len(flat), out_features)
+    # not a view: autograd lets nobody write to one that an op has returned
+    y = x.new_empty(*x.shape[:-1], out_features)
     multiply = sparse if len(flat) < _DENSE_TOKENS[x.dtype] else through_dense
-    multiply(flat, (masks, values, panel_offsets), None if bias is None else bias.contiguous(), y, in_features)
-    return y.view(*x.shape[:-1], out_features)
+    bias = None if bias is None else bias.contiguous()
+    multiply(flat, (masks, values, panel_offsets), bias, y.view(len(flat), out_features), in_features)
+    return y
 
 
 def _linear_bitmap_fake(
@@ -138,20 +148,59 @@ _LIBRARY.impl("linear_bitmap_cpu", _linear_bitmap_cpu, "CPU")
 torch.library.register_fake("sparsekern::linear_bitmap_cpu", _linear_bitmap_fake, lib=_LIBRARY)
 
 
-def _refuse_gradient(*_: object) -> None:
-    raise RuntimeError("a sparse linear layer passes no gradient on: it is for inference; densify(model) to train")
+def _weight_cpu(masks: Tensor, values: Tensor, panel_offsets: Tensor, out_features: int, in_features: int) -> Tensor:
+    dense = values.new_empty(out_features, in_features)
+    expand((masks, values, panel_offsets), dense, range(len(panel_offsets) - 1), out_features)
+    return dense
 
 
-torch.library.register_autograd("sparsekern::linear_bitmap_cpu", _refuse_gradient, lib=_LIBRARY)
+def _weight_fake(masks: Tensor, values: Tensor, panel_offsets: Tensor, out_features: int, in_features: int) -> Tensor:
+    return values.new_empty(out_features, in_features)
 
 
-def _run_cpu(
+_LIBRARY.define(
+    "linear_bitmap_cpu_weight(Tensor masks, Tensor values, Tensor panel_offsets, int out_features, int in_features) "
+    "-> Tensor"
+)
+_LIBRARY.impl("linear_bitmap_cpu_weight", _weight_cpu, "CPU")
+torch.library.register_fake("sparsekern::linear_bitmap_cpu_weight", _weight_fake, lib=_LIBRARY)
+
+
+def dense_cpu(operands: tuple[Tensor, ...], out_features: int, in_features: int) -> Tensor:
+    """The dense weight of what the CPU kernel reads."""
+    return torch.ops.sparsekern.linear_bitmap_cpu_weight(*operands, out_features, in_features)
+
+
+def _keep_cpu(ctx, inputs: tuple, output: Tensor) -> None:
+    _, *operands, _, out_features, in_features = inputs
+    ctx.save_for_backward(*operands)
+    ctx.sizes = out_features, in_features
+
+
+def _backward_cpu(ctx, g: Tensor) -> tuple:
+    gx, gb = _gradients(ctx, g, lambda: dense_cpu(ctx.saved_tensors, *ctx.sizes), bias=4)
+    return gx, None, None, None, gb, None, None
+
+
+def _gradients(ctx, g: Tensor, dense: Callable[[], Tensor], bias: int) -> tuple[Tensor | None, Tensor | None]:
+    """Those of x and of the bias, which is the op's input number `bias`; None where nobody asks for them."""
+    gx = g @ dense() if ctx.needs_input_grad[0] else None
+    gb = g.flatten(0, -2).sum(0) if ctx.needs_input_grad[bias] else None
+    return gx, gb
+
+
+torch.library.register_autograd("sparsekern::linear_bitmap_cpu", _backward_cpu, setup_context=_keep_cpu, lib=_LIBRARY)
+
+
+def run_cpu(
     x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, out_features: int, in_features: int
 ) -> Tensor:
+    """y [..., out_features] by the compiled kernels, from what to_panels has made."""
     return torch.ops.sparsekern.linear_bitmap_cpu(x, *operands, bias, out_features, in_features)
 
 
-def _cpu_refuses(packed: Bitmap) -> str | None:
+def cpu_refuses(packed: Packed) -> str | None:
+    """Why run_cpu cannot serve a weight, in whatever format it is saved; None: it can."""
     if packed.device.type != "cpu":
         return f"the weight must be on the CPU, got {packed.device}"
     if packed.dtype not in _NAMES:
@@ -203,16 +252,32 @@ _LIBRARY.define(
 )
 _LIBRARY.impl("linear_bitmap_cuda", _linear_bitmap_cuda, "CUDA")
 torch.library.register_fake("sparsekern::linear_bitmap_cuda", _linear_bitmap_cuda_fake, lib=_LIBRARY)
-torch.library.register_autograd("sparsekern::linear_bitmap_cuda", _refuse_gradient, lib=_LIBRARY)
 
 
-def _run_cuda(
+def _keep_cuda(ctx, inputs: tuple, output: Tensor) -> None:
+    _, *operands, _, ctx.in_features = inputs
+    ctx.save_for_backward(*operands)
+
+
+def _backward_cuda(ctx, g: Tensor) -> tuple:
+    gx, gb = _gradients(ctx, g, lambda: Bitmap(*ctx.saved_tensors, ctx.in_features).to_dense(), bias=4)
+    return gx, None, None, None, gb, None
+
+
+torch.library.register_autograd(
+    "sparsekern::linear_bitmap_cuda", _backward_cuda, setup_context=_keep_cuda, lib=_LIBRARY
+)
+
+
+def run_cuda(
     x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, out_features: int, in_features: int
 ) -> Tensor:
+    """y [..., out_features] by the CUDA kernel, from the tensors of a Bitmap."""
     return torch.ops.sparsekern.linear_bitmap_cuda(x, *operands, bias, in_features)
 
 
-def _cuda_refuses(packed: Bitmap) -> str | None:
+def cuda_refuses(packed: Packed) -> str | None:
+    """Why run_cuda cannot serve a weight, in whatever format it is saved; None: it can."""
     if packed.device.type != "cuda":
         return f"the weight must be on a CUDA device, got {packed.device}"
     if packed.dtype not in _CUDA_NAMES:
@@ -232,6 +297,11 @@ def _from_saved(operands: tuple[Tensor, ...], out_features: int, in_features: in
     return Bitmap(*operands, in_features)
 
 
+def dense_from_saved(operands: tuple[Tensor, ...], out_features: int, in_features: int) -> Tensor:
+    """The dense weight of the tensors of a Bitmap."""
+    return Bitmap(*operands, in_features).to_dense()
+
+
 def _run_reference(
     x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, out_features: int, in_features: int
 ) -> Tensor:
@@ -239,7 +309,7 @@ def _run_reference(
 
 
 KERNELS = (
-    Kernel("cpu", _run_cpu, _cpu_refuses, to_panels, from_panels),
-    Kernel("cuda", _run_cuda, _cuda_refuses, _as_saved, _from_saved),
-    Kernel("reference", _run_reference, never_refuses, _as_saved, _from_saved),
+    Kernel("cpu", run_cpu, cpu_refuses, to_panels, from_panels, dense_cpu),
+    Kernel("cuda", run_cuda, cuda_refuses, _as_saved, _from_saved, dense_from_saved),
+    Kernel("reference", _run_reference, never_refuses, _as_saved, _from_saved, dense_from_saved),
 )
