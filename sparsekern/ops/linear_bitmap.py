@@ -185,7 +185,7 @@ def _backward_cpu(ctx, g: Tensor) -> tuple:
 def _gradients(ctx, g: Tensor, dense: Callable[[], Tensor], bias: int) -> tuple[Tensor | None, Tensor | None]:
     """Those of x and of the bias, which is the op's input number `bias`; None where nobody asks for them."""
     gx = g @ dense() if ctx.needs_input_grad[0] else None
-    gb = g.flatten(0, -2).sum(0) if ctx.needs_input_grad[bias] else None
+    gb = g.sum_to_size(g.shape[-1]) if ctx.needs_input_grad[bias] else None
     return gx, gb
 
 

@@ -264,32 +264,6 @@ def test_the_op_is_registered_as_torch_wants_it(tokens, dtype):
 
 
 @needs_cpu
-@dtypes
-@pytest.mark.parametrize("shape", [(1, 1), (7, 37), (37, 7), (100, 257), (0, 5), (5, 0)], ids=str)
-def test_the_dense_weight_of_the_operands_is_the_one_that_was_packed(shape, dtype):
-    dense = weight(*shape, dtype=dtype)
-    operands = linear_bitmap.to_panels(Bitmap.pack(dense))
-    assert torch.equal(linear_bitmap.dense_cpu(operands, *shape), dense)
-
-
-@needs_cpu
-def test_x_and_the_bias_have_the_gradients_of_the_dense_product():
-    dense, operands, x, bias = problem(37, 70, 5, torch.float32)
-    x, bias = x.requires_grad_(), bias.requires_grad_()
-    g = torch.randn(5, 37)
-    y = linear_bitmap.run_cpu(x, operands, bias, 37, 70)
-    got = torch.autograd.grad(y, (x, bias), g)
-    want = torch.autograd.grad(linear(x, dense, bias), (x, bias), g)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-
-
-def test_every_registered_op_is_checked_by_opcheck():
-    """linear_bitmap_cpu above, linear_bitmap_cuda in tests/cuda_on_host on a card: a new one must follow."""
-    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("sparsekern::")}
-    assert names == {"sparsekern::linear_bitmap_cpu", "sparsekern::linear_bitmap_cuda"}
-
-
-@needs_cpu
 def test_torch_compile_takes_the_whole_graph():
     dense, operands, x, bias = problem(37, 70, 5, torch.float32)
     compiled_run = torch.compile(
