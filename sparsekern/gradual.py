@@ -116,7 +116,7 @@ class GradualMagnitude:
         self, model: nn.Module, pattern: Spec | Mapping[str, Spec], schedule: CubicSchedule, skip: Iterable[str] = ()
     ):
         self.schedule, self.steps = schedule, 0
-        self._model, self._optimizer = model, None
+        self._model, self._optimizers = model, []
         self._matrices = _matrices(model, pattern, schedule, (skip,) if isinstance(skip, str) else tuple(skip))
         # where magnitudes compete, and counts are exact
         across = _across(self._matrices)
@@ -147,17 +147,21 @@ class GradualMagnitude:
         return {"schedule": asdict(self.schedule), "patterns": patterns}
 
     def attach(self, optimizer: Optimizer) -> "GradualMagnitude":
-        """Keep what is pruned at zero through every step of `optimizer`. Returns self; raises as FixedMasks does."""
+        """Keep what is pruned at zero through every step of `optimizer`; several may share the model.
+
+        Returns self; raises as FixedMasks does.
+        """
         self._fixed.attach(optimizer)
-        self._optimizer = optimizer
+        if not any(optimizer is attached for attached in self._optimizers):
+            self._optimizers.append(optimizer)
         if self.steps == 0 and self.schedule.prunes_at(0):
             self._prune()
         return self
 
     def detach(self) -> None:
-        """Let go of the optimizer; the zeros stay."""
+        """Let go of the optimizers; the zeros stay."""
         self._fixed.detach()
-        self._optimizer = None
+        self._optimizers = []
 
     def check(self) -> None:
         """Raises ValueError unless every pruned weight is exactly +0.0."""
@@ -232,8 +236,8 @@ class GradualMagnitude:
     def _mask(self, masks: Mapping[str, Tensor]) -> None:
         self._fixed.detach()
         self._fixed = FixedMasks(self._model, masks)
-        if self._optimizer is not None:
-            self._fixed.attach(self._optimizer)
+        for optimizer in self._optimizers:
+            self._fixed.attach(optimizer)
 
 
 def _all_kept(like: Tensor) -> Tensor:
