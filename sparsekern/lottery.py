@@ -134,7 +134,8 @@ def find_ticket(
     select          called with name and parameter: may it be pruned? None: the weights of linear, convolutional,
                     recurrent and attention layers, but none that an embedding shares; never a bias or a norm
     seed            of torch, random and numpy at the beginning of every round, so that a round depends on the weights
-                    alone; yours are put back at the end
+                    alone; yours are put back at the end. For the same reason no gradient is left over from the round
+                    before, and training modes and requires_grad are those that `model` came with
     directory       where every round is recorded. The same call continues a run that was killed, bit for bit on the
                     same machine, and one with more rounds continues a finished one
     settings        what `train` depends on, as JSON: recorded, and another one is refused on continuing
@@ -215,6 +216,8 @@ class _Search:
         self.rounds: list[Round] = []
         self.lost_in = {name: torch.zeros(model.get_parameter(name).shape, dtype=torch.int16) for name in names}
         self.theta: State = {}
+        self._modes = [(module, module.training) for module in model.modules()]
+        self._trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
     def resume(self, journal: Journal, rounds: int) -> None:
         """Take over what was recorded."""
@@ -238,6 +241,7 @@ class _Search:
         kept = {name: lost == 0 for name, lost in self.lost_in.items()}
         masks = FixedMasks(self.model, kept)
         masks.apply()
+        self._forget()
         training = Training(self.model, masks, number, rewind_step if number else 0, None if number else rewind_step)
         _seed(self.settings["seed"])
         metrics = training.run(self.train)
@@ -252,6 +256,13 @@ class _Search:
             lost = {LOST + name: tensor for name, tensor in self.lost_in.items()}
             journal.record(asdict(self.rounds[-1]), {**_state(self.model), **lost})
         return self.rounds[-1]
+
+    def _forget(self) -> None:
+        """Undo what a round leaves behind beside the weights: a continued search would lack it."""
+        for module, mode in self._modes:
+            module.training = mode
+        for parameter, trainable in self._trainable:
+            parameter.requires_grad_(trainable).grad = None
 
     def _prune(self, number: int) -> None:
         weights = {name: self.model.get_parameter(name) for name in self.names}

@@ -206,6 +206,31 @@ def test_a_recorded_search_is_read_back_and_goes_on_to_more_rounds(tmp_path):
     assert equal(first.state_dict(), third.state_dict())
 
 
+def test_what_a_round_leaves_beside_the_weights_does_not_reach_the_next(tmp_path):
+    """Else a search that goes on in another process, where none of it is left, would find another ticket."""
+
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.5), nn.Linear(7, 3))
+
+    def untidy(net, training):
+        assert net.training
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        training.attach(optimizer)
+        for _ in range(training.start, 4):
+            # gradients add up over the round, and over the search if nobody clears them
+            F.cross_entropy(net(torch.randn(8, 5)), torch.arange(8) % 3).backward()
+            optimizer.step()
+        net.eval()
+        net[0].requires_grad_(False)
+
+    whole, halves = net(), net()
+    find_ticket(whole, untidy, rounds=3)
+    find_ticket(net(), untidy, rounds=1, directory=tmp_path / "run")
+    find_ticket(halves, untidy, rounds=3, directory=tmp_path / "run")
+    assert equal(whole.state_dict(), halves.state_dict())
+
+
 KILL = """
 import os, signal, sys, time
 import torch
