@@ -280,9 +280,13 @@ def main() -> None:
     parser.add_argument("what", nargs="?", choices=("table", "learning-rates"), default="table")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--output", type=Path, help="write the JSON here as well, and a PNG beside it")
+    parser.add_argument("--steps", type=int, help=f"of each run, instead of {Size.steps}: what more training brings")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many")
     parser.add_argument("--tiny", action="store_true", help="a few steps of two variants")
     arguments = parser.parse_args()
-    size, seeds = (TINY, SEEDS[:1]) if arguments.tiny else (Size(), SEEDS)
+    size, seeds = (TINY, SEEDS[:1]) if arguments.tiny else (Size(), SEEDS[: arguments.seeds])
+    if arguments.steps:
+        size = replace(size, steps=arguments.steps, evaluate_every=max(1, arguments.steps // 4))
     variants = (VARIANTS[1], VARIANTS[-1]) if arguments.tiny else VARIANTS
     if arguments.what == "table":
         judge = "held-out"
