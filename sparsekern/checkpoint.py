@@ -27,6 +27,7 @@ from sparsekern.manifest import (
     read_manifest,
     write_compressed,
 )
+from sparsekern.ops import to_dense
 from sparsekern.packing import PackReport, choose, pack, part_of
 from sparsekern.plan import Plan, Unmeasured
 from sparsekern.publish import publish
@@ -147,7 +148,8 @@ def load(
         model = hf.load(directory, dtype=dtype)
     if plan is not None:
         sparse = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
-        slower = [n for n, m in sparse.items() if plan.decide(m.packed, m.weight, tuple(tokens)).kernel is None]
+        # a plain dense tensor, because a LazyWeight is slower to multiply by than what densify() makes
+        slower = [n for n, m in sparse.items() if plan.decide(p := m.packed, to_dense(p), tuple(tokens)).kernel is None]
         densify(model, slower)
     return model
 
@@ -237,7 +239,7 @@ def _pack(model: nn.Module) -> tuple[dict[str, PackedLayer], list[Part], PackRep
             report.left += [(other.rpartition(".")[0], "its weight is tied") for other in linear]
         elif type(module) is nn.Linear and found[name].own == "weight":
             layer = name.rpartition(".")[0]
-            chosen = choose(tensor)
+            chosen = choose(tensor, bias=None if module.bias is None else module.bias.dtype)
             if isinstance(chosen, str):
                 report.left.append((layer, chosen))
                 continue

@@ -82,6 +82,7 @@ def _packed(
     report = PackReport()
     dense = {name.removesuffix(".weight"): s for name, s in source.others.items() if name.endswith(".weight")}
     dense = {name: stored for name, stored in dense.items() if name in linear}
+    biases = {name.removesuffix(".bias"): s.dtype for name, s in source.others.items() if name.endswith(".bias")}
     for name, layer in source.layers.items():
         report.dense_bytes += math.prod(layer.shape) * layer.dtype.itemsize
         if layer.packed is not None:
@@ -89,10 +90,12 @@ def _packed(
             layer.packed(reader)
             layers[name] = PackedLayer.of(layer.format, layer.shape, layer.dtype, layer.kept)
             unchanged = part_of(name, layers[name], layer.kept, lambda read=layer.packed: _fresh(read, reader))
-            chosen = None if layer.format is format else choose(layer.dense(reader), format)
+            chosen = None if layer.format is format else choose(layer.dense(reader), format, biases.get(name))
         else:
             unchanged = _dense_part(name, layer, reader)
-            chosen = choose(layer.dense(reader), format) if name in linear else "it is no nn.Linear of the model"
+            chosen = "it is no nn.Linear of the model"
+            if name in linear:
+                chosen = choose(layer.dense(reader), format, biases.get(name))
         if isinstance(chosen, tuple):
             layers[name], kept = chosen
             unchanged = part_of(name, *chosen, lambda read=layer.dense: pack(_fresh(read, reader), format))
@@ -106,7 +109,7 @@ def _packed(
         if dense.get(layer) is not stored:
             parts.append(_same_part(name, stored, reader))
             continue
-        chosen = choose(reader.read(stored), format)
+        chosen = choose(reader.read(stored), format, biases.get(layer))
         reader.forget()
         if isinstance(chosen, str):
             report.left.append((layer, chosen))

@@ -25,7 +25,8 @@ class UnreadableError(ValueError):
 def tensors_of(directory: Path) -> dict[str, Stored]:
     """The tensors of model.safetensors, or of the shards that its index names.
 
-    Raises UnreadableError when there is neither; ValueError, naming the file, for anything in them that is not true.
+    Raises UnreadableError when there is neither, or when two shards hold one tensor; ValueError, naming the file, for
+    anything in them that is not true.
     """
     single, index = directory / "model.safetensors", directory / INDEX
     if single.is_file():
@@ -39,7 +40,11 @@ def tensors_of(directory: Path) -> dict[str, Stored]:
     for file in sorted(set(places.values())):
         if Path(file).name != file or not (directory / file).is_file():
             raise ValueError(f"{INDEX}: names {file!r}, which is no file of {str(directory)!r}")
-        found |= read_header(directory / file)
+        header = read_header(directory / file)
+        if twice := sorted(found.keys() & header.keys()):
+            # transformers takes one of them
+            raise UnreadableError(f"{file}: holds {twice[0]}, which {found[twice[0]].file.name} holds too")
+        found |= header
     if lost := sorted(places.keys() - found.keys()):
         raise ValueError(f"{INDEX}: names {lost[0]}, which {places[lost[0]]} does not hold")
     return found

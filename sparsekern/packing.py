@@ -43,10 +43,13 @@ class PackReport:
         )
 
 
-def choose(weight: Tensor, to: type[Packed] | None = None) -> tuple[PackedLayer, int] | str:
+def choose(
+    weight: Tensor, to: type[Packed] | None = None, bias: torch.dtype | None = None
+) -> tuple[PackedLayer, int] | str:
     """How `weight` [out_features, in_features] is packed and how many weights it keeps, or why it stays dense.
 
-    to  the format to pack in; None takes 2:4 where it holds, else bitmap
+    to    the format to pack in; None takes 2:4 where it holds, else bitmap
+    bias  dtype of the layer's bias, None for none: a SparseLinear takes none but its weight's
 
     A format is taken where it holds and takes fewer bytes than the dense weight.
     """
@@ -54,6 +57,8 @@ def choose(weight: Tensor, to: type[Packed] | None = None) -> tuple[PackedLayer,
         return f"it has {weight.dim()} dimensions"
     if weight.dtype not in DTYPES:
         return f"it is {str(weight.dtype).removeprefix('torch.')}"
+    if bias not in (None, weight.dtype):
+        return f"its bias is {bias}, its weight {weight.dtype}"
     found = bitmap_rows.bits(weight)
     if found is None:
         return "it holds NaN or infinite values"

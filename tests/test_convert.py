@@ -102,6 +102,20 @@ def test_layers_that_do_not_hold_the_format_stay_as_they_are_with_the_reason(tmp
     assert all(torch.equal(t, model.state_dict()[name]) for name, t in loaded.state_dict().items())
 
 
+def test_a_layer_whose_bias_has_another_dtype_stays_dense_because_no_sparse_layer_takes_it(tmp_path):
+    model = nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 64)})
+    for layer in model.values():
+        layer.weight.data = torch.eye(64, dtype=torch.bfloat16)
+    model["b"].bias.data = model["b"].bias.data.bfloat16()
+    saved = sk.save(model, tmp_path / "1")
+    converted = convert(tmp_path / "1", tmp_path / "2", "bitmap", layers=["a", "b"])
+    for report, name in ((saved, "1"), (converted, "2")):
+        assert dict(report.left) == {"a": "its bias is torch.float32, its weight torch.bfloat16"}
+        assert list(report.packed) == ["b"]
+        loaded = sk.load(tmp_path / name, into=nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 64)}))
+        assert (loaded["a"].weight.dtype, loaded["a"].bias.dtype) == (torch.bfloat16, torch.float32)
+
+
 def test_a_plain_module_goes_round_when_its_layers_are_named(tmp_path):
     model = nn.ModuleDict({"a": nn.Linear(16, 4), "b": nn.Embedding(4, 16)})
     model["a"].weight.data[:, ::2] = 0
@@ -180,6 +194,13 @@ def test_a_source_that_lies_is_refused(tmp_path):
     (split / "model.safetensors.index.json").write_text(json.dumps(whole))
     convert(split, tmp_path / "out2", "dense")
     assert_same_tensors(tensors_of(tmp_path / "out2"), tensors)
+    first = min(tensors)
+    save_file({"y": torch.zeros(1), first: tensors[first] + 1}, split / "b.safetensors")
+    dump = json.dumps({"weight_map": {**whole["weight_map"], "y": "b.safetensors"}})
+    (split / "model.safetensors.index.json").write_text(dump)
+    with pytest.raises(ValueError, match=f"b.safetensors: holds {first}, which a.safetensors holds too"):
+        convert(split, tmp_path / "out3", "dense")
+    (split / "model.safetensors.index.json").write_text(json.dumps(whole))
     (split / "a.safetensors").unlink()
     (split / "a.safetensors").symlink_to(tmp_path / "one" / "model.safetensors")
     with pytest.raises(ValueError, match="'a.safetensors' must not leave the directory"):

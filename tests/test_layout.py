@@ -65,7 +65,7 @@ ARROWS = {
     "compressed_tensors": {"formats", "shards"},
     "sources": {"compressed_tensors", "manifest", "model_files", "shards"},
     "convert": {"hf", "manifest", "model_files", "packing", "publish", "shards", "sources"},
-    "checkpoint": {"convert", "manifest", "packing", "shards", "state", "linear", "plan", "publish", "hf"},
+    "checkpoint": {"convert", "manifest", "ops", "packing", "shards", "state", "linear", "plan", "publish", "hf"},
     "hf_quantizer": {"ops", "linear", "manifest", "shards", "checkpoint"},
 }
 # the two halves meet in an ordinary nn.Linear whose weight holds zeros, and nowhere else

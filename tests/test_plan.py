@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import sparsekern as sk
 from sparsekern.formats import Bitmap
 from sparsekern.ops import LINEAR_KERNELS
 from sparsekern.ops.kernel import Kernel
@@ -289,3 +290,20 @@ def test_a_real_measurement_decides_something():
     decision = Plan(seconds=0.0, arena=1 << 16).decide(Bitmap.pack(weight), weight, tokens=(1, 3))
     assert decision.kernel in (None, LINEAR_KERNELS[Bitmap][0].name, "cpu", "cuda")
     assert decision.reason
+
+
+def test_a_plan_is_asked_at_load_with_the_dense_weight_that_densify_would_make(tmp_path):
+    asked = []
+
+    class Asked:
+        def decide(self, packed, weight, tokens):
+            asked.append((type(weight), torch.equal(weight, packed.to_dense()), tokens))
+            return Decision("cpu" if len(asked) == 1 else None, "", {})
+
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    for layer in model:
+        layer.weight.data[:, ::2] = 0
+    sk.save(model, tmp_path / "out")
+    loaded = sk.load(tmp_path / "out", into=model, tokens=(1, 4), plan=Asked())
+    assert asked == [(torch.Tensor, True, (1, 4))] * 2
+    assert [type(layer) for layer in loaded] == [sk.SparseLinear, nn.Linear]
