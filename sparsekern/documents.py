@@ -74,7 +74,10 @@ def read_documents(source: Source, template: Callable[[Chat], str] | None = None
     if first is None:
         return Documents(iter(()), templated=False)
     templated = isinstance(first[1], list | tuple)
-    documents = (_document(where, value, templated, template) for where, value in itertools.chain([first], filled))
+    documents = (
+        _encodable(where, _document(where, value, templated, template))
+        for where, value in itertools.chain([first], filled)
+    )
     return Documents(documents if templated else _joined((text,) for text in documents), templated)
 
 
@@ -245,6 +248,15 @@ def _document(where: str, value: Any, templated: bool, template: Callable[[Chat]
         return template(list(value))
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{where}: the tokenizer's chat template refuses the chat: {error}") from error
+
+
+def _encodable(where: str, text: str) -> str:
+    """`text`; raises ValueError for half of a character, as JSON's "\\ud83d" is: no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} holds {text[error.start]!a} at character {error.start}: half a character") from error
+    return text
 
 
 def _empty(value: Any) -> bool:

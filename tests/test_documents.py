@@ -134,6 +134,7 @@ def bad_files(directory):
     (directory / "indented.json").write_text(json.dumps([{"text": "one"}], indent=1))
     (directory / "array.json").write_text(json.dumps([{"text": "one"}]))
     (directory / "number.jsonl").write_text('{"text": 7}')
+    (directory / "half.jsonl").write_text('{"text": "one"}\n{"text": "\\ud83d\\ude00 \\ud83d"}')
     (directory / "other.jsonl").write_text('{"label": 7}')
     (directory / "no.gz").write_bytes(b"not compressed")
     (directory / "half.txt.gz").write_bytes(gzip.compress(b"text" * 99)[:-20])
@@ -149,6 +150,7 @@ def bad_files(directory):
         ("indented.json", "line 1 is not JSON: .*; write one object a line$"),
         ("array.json", "line 1 must be a JSON object, one a line, got list$"),
         ("number.jsonl", "line 1 must hold text, got int$"),
+        ("half.jsonl", r"line 2 holds '\\ud83d' at character 2: half a character$"),
         ("other.jsonl", "line 1 has no column 'text' or 'messages', only 'label'; name the column after a colon$"),
         ("no.gz", "no.gz' cannot be unpacked: Not a gzipped file"),
         ("half.txt.gz", "cannot be unpacked: Compressed file ended"),
