@@ -227,7 +227,14 @@ def check_sums(directory: Path) -> dict[str, str]:
         listed[matched[2]] = matched[1]
     if not text.endswith("\n"):
         raise ValueError(f"{SUMS}: must end with a line break; {DAMAGED}")
-    _same(SUMS, "the directory", "files", listed, files_below(directory))
+    there = set(files_below(directory))
+    _same(SUMS, "the directory", "files", listed, there & listed.keys())
+    if added := sorted(there - listed.keys()):
+        more = f" and {len(added) - 1} more" if len(added) > 1 else ""
+        raise ValueError(
+            f"{SUMS} must list every file, but only the directory has {added[0]!r:.80}{more}: added since it was "
+            "written; remove it, give sparsekern.save the tokenizer and files, or pass hashes=False to go without"
+        )
     digests = sha256(directory, sorted(listed))
     if changed := [name for name in sorted(listed) if digests[name] != listed[name]]:
         more = f" ({len(changed)} files like this)" if len(changed) > 1 else ""
