@@ -136,7 +136,8 @@ def _make_hidden(directory: Path) -> tuple[Path, int]:
 def _remove_abandoned(directory: Path) -> None:
     """Remove the hidden directories of processes that were killed: nobody holds their locks."""
     for hidden in directory.parent.glob(f"{_escape(_prefix(directory))}*"):
-        with suppress(FileNotFoundError, BlockingIOError, PermissionError):
+        # a file or a link of that name is not ours
+        with suppress(FileNotFoundError, BlockingIOError, PermissionError, NotADirectoryError):
             file = os.open(hidden, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -96,6 +96,8 @@ def write(directory: Path, stem: str, parts: Iterable[Part], shard_bytes: int) -
             size = 0
         shards[-1].append(part)
         size += part.nbytes
+    # of no part at all there is no shard
+    shards = [shard for shard in shards if shard]
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"

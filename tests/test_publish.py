@@ -152,6 +152,15 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
     assert tree(tmp_path) == ["out[1]"]
 
 
+def test_a_file_or_a_link_of_such_a_name_stays(tmp_path):
+    (tmp_path / ".out.unfinished-file").write_text("mine")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".out.unfinished-link").symlink_to(tmp_path / "elsewhere")
+    with publish(tmp_path / "out"):
+        pass
+    assert tree(tmp_path) == [".out.unfinished-file", ".out.unfinished-link", "elsewhere", "out"]
+
+
 def test_what_another_process_is_writing_stays(tmp_path):
     with publish(tmp_path / "out") as first:
         (first / "a.txt").write_text("first")

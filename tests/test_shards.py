@@ -95,6 +95,11 @@ def test_a_part_that_became_something_else_is_an_error(tmp_path):
         write_file(tmp_path / "f", [part])
 
 
+def test_of_no_tensor_there_is_no_shard(tmp_path):
+    assert write(tmp_path, "s", [], 1) == {"metadata": {"total_size": 0}, "weight_map": {}}
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_parts_of_one_name_and_shards_of_nothing_are_refused(tmp_path):
     twice = parts({"a": torch.zeros(1)}) * 2
     with pytest.raises(ValueError, match="two tensors are called 'a'"):
