@@ -128,8 +128,13 @@ def save(model: nn.Module, tokenizer, directory: str | Path, files: Mapping[str,
     tokenizer  or processor, saved beside the model; None for none
     files      name -> text, written beside them: README.md is the model's card
 
-    The directory appears by one rename, synced, complete or not at all. Raises FileExistsError when it exists already.
+    The directory appears by one rename, synced, complete or not at all. Raises FileExistsError when it exists already,
+    and ValueError for a model whose weights were packed or quantised when it was loaded.
     """
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            "model was loaded with packed weights; model.dequantize() first, or save it with sparsekern.save"
+        )
     with publish(directory) as unfinished:
         model.save_pretrained(unfinished)
         if tokenizer is not None:

@@ -5,11 +5,11 @@ What from_pretrained does, in its order, and what is done here at each step:
     reads config.json             its quantization_config is checked: SparsekernConfig
     looks for the weights         they are where INDEX says: without this plug-in there is nothing to find
     builds the model on meta      each packed layer becomes Awaiting, with room for what the files declare
-    reads, casts, places          nothing: packed tensors are tensors like any other, and never become a dense weight
+    reads, casts, places          nothing: packed tensors are tensors like any other. A dtype casts the kept values
     hands the model over          each Awaiting is validated and becomes a SparseLinear; nothing random may be left
 
-A kernel reads nothing that was not validated. What is refused is a ValueError that names the layer, the rule and the
-value.
+No layer becomes dense on the way, but for one 2:4 layer at a time. A kernel reads nothing that was not validated. What
+is refused is a ValueError that names the layer, the rule and the value.
 """
 
 import functools

@@ -68,6 +68,8 @@ def by_hand(model, batches):
 
 @pytest.mark.parametrize("name", tiny_models.MODELS)
 def test_they_are_those_of_the_models_own_loss(name):
+    if why := tiny_models.why_two_answers(name):
+        pytest.skip(f"{name}: {why}")
     model = tiny_models.make(name)
     want = by_hand(model, with_labels(name))
     got = {layer: stats for layer, _, stats in squared_gradients(model, with_labels(name))}

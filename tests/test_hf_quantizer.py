@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import sparsekern as sk
 from sparsekern import hf
+from sparsekern.formats import Bitmap
+from sparsekern.ops import bitmap_rows, compiled
 from tests import compressed, tiny_models
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -130,6 +132,26 @@ def test_tied_embeddings_stay_tied(tmp_path):
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert torch.equal(logits(loaded), logits(model))
+
+
+def test_no_dense_weight_is_ever_made_of_a_bitmap(tmp_path, monkeypatch):
+    """Loading takes the memory of the packed model; of a 2:4 layer a dense weight is made, one at a time."""
+    model = tiny_models.make("llama")
+    for _, layer in hf.layers(model):
+        hf.weight(layer)[:, : layer.in_features // 2] = 0
+    sk.save(model, tmp_path / "out")
+
+    def refuse(*_):
+        raise AssertionError("a dense weight was made")
+
+    monkeypatch.setattr(Bitmap, "to_dense", refuse)
+    monkeypatch.setattr(bitmap_rows, "to_dense", refuse)
+    monkeypatch.setattr(sk.SparseLinear, "_dense", refuse)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    if any(layer.kernel.name == "reference" for layer in sparse_layers(loaded).values()):
+        pytest.skip(f"no compiled kernel: {compiled.why_not('cpu')}")
+    assert {layer.format for layer in sparse_layers(loaded).values()} == {Bitmap}
+    torch.testing.assert_close(logits(loaded), logits(model))
 
 
 def test_the_config_says_nothing_of_where_the_weights_were(llama):
@@ -324,6 +346,10 @@ def test_what_would_change_the_save_is_refused(llama, tmp_path):
 def test_densified_it_is_saved_as_any_other_model(llama, tmp_path):
     model, directory = llama
     loaded = hf.load(directory)
+    with pytest.raises(
+        ValueError, match=r"loaded with packed weights; model\.dequantize\(\) first, or .*sparsekern\.save"
+    ):
+        hf.save(loaded, None, tmp_path / "dense", {})
     sk.densify(loaded)
     loaded.save_pretrained(tmp_path / "dense")
     assert "quantization_config" not in compressed.read(tmp_path / "dense", "config.json")

@@ -30,6 +30,8 @@ SITES = {
     "gemma3n": {"down_proj", "o_proj"},
     **dict.fromkeys(("mamba2", "jetmoe"), set()),
 }
+# before transformers 5.17
+OLDER_NAMES = {"vit": {"dense"}}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -56,7 +58,12 @@ def saliency_kept(model, batches, pattern):
 
 @pytest.mark.parametrize("name", tiny_models.MODELS)
 def test_the_outputs_stay_and_every_site_that_can_be_is_in_use(name):
+    if why := tiny_models.why_two_answers(name):
+        pytest.skip(f"{name}: {why}")
     model = tiny_models.make(name)
+    sites = SITES[name]
+    if not sites <= {layer.rpartition(".")[2] for layer, _ in hf.layers(model)}:
+        sites = OLDER_NAMES[name]
     # biases and norms start as zeros and ones, which every order leaves as they are
     with torch.no_grad():
         for parameter in model.parameters():
@@ -68,9 +75,9 @@ def test_the_outputs_stay_and_every_site_that_can_be_is_in_use(name):
         torch.testing.assert_close(now, was, rtol=1e-3, atol=1e-4)
     assert report.difference < 1e-4
     kept = [site for site in report.sites if site.kept]
-    assert {site.layer.rpartition(".")[2] for site in kept} == SITES[name]
+    assert {site.layer.rpartition(".")[2] for site in kept} == sites
     # each block has them
-    assert len(kept) >= len(SITES[name]) * (len(hf.blocks(model)) - 1)
+    assert len(kept) >= len(sites) * (len(hf.blocks(model)) - 1)
     changed = {
         key.rpartition(".")[0] for key, value in model.state_dict().items() if not torch.equal(value, original[key])
     }
@@ -143,6 +150,8 @@ def test_a_site_whose_channels_are_told_apart_is_found_out_and_left_alone(dtype)
 
 def test_values_that_another_block_reads_keep_their_order():
     """gemma3n's last block attends to what an earlier one has left behind: its o_proj would need the same order."""
+    if why := tiny_models.why_two_answers("gemma3n"):
+        pytest.skip(f"gemma3n: {why}")
     report = sk.permute(tiny_models.make("gemma3n"), "2:4", tiny_models.batches("gemma3n"))
     assert [site.layer for site in report.sites if "tells their channels apart" in (site.why or "")]
 

@@ -339,3 +339,19 @@ def batches(name: str, count: int = 3) -> list[Tensor | dict[str, Tensor]]:
     if name == "wav2vec2":
         return [{"input_values": noise(40 * n)} for n in lengths]
     return [ids(n) for n in lengths]
+
+
+def why_two_answers(name: str) -> str | None:
+    """Why what the model `name` computes is not one thing: transformers 5.0 needs a cache for gemma3n; None for others.
+
+    Its last block reads keys and values that an earlier one has left in the cache, and without one attends to others.
+    Whatever is done without a cache, as training and pruning are, is then about another model.
+    """
+    if name != "gemma3n":
+        return None
+    model, batch = make(name), batches(name, 1)[0]
+    with torch.no_grad():
+        with_cache, without = model(batch).logits, model(batch, use_cache=False).logits
+    if torch.allclose(with_cache, without, atol=1e-4):
+        return None
+    return f"transformers {transformers.__version__} computes something else without a cache"
