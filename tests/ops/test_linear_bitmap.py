@@ -263,6 +263,12 @@ def test_the_op_is_registered_as_torch_wants_it(tokens, dtype):
     torch.library.opcheck(torch.ops.sparsekern.linear_bitmap_cpu_weight.default, (*operands, 37, 70))
 
 
+def test_every_registered_op_is_checked_by_opcheck():
+    """The two of the CPU above, linear_bitmap_cuda in tests/cuda_on_host on a card: a new one must follow."""
+    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("sparsekern::")}
+    assert names == {f"sparsekern::linear_bitmap_{op}" for op in ("cpu", "cpu_weight", "cuda")}
+
+
 @needs_cpu
 def test_torch_compile_takes_the_whole_graph():
     dense, operands, x, bias = problem(37, 70, 5, torch.float32)
