@@ -43,6 +43,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_show_locals=False,
     help="Prune a model, pack it, swap its Linear layers for sparse ones, and measure what became faster.",
+    epilog="Begin with: sparsekern demo. Exit codes: 0 done, 2 bad input (one line says what), 130 interrupted, "
+    "1 a bug.",
 )
 
 for module in (prune, eval, inspect, verify, convert, doctor, bench, demo):

@@ -46,6 +46,11 @@ def test_help_shows_an_example(command):
     assert f"sparsekern {command}" in run(command, "--help").output
 
 
+def test_the_help_of_all_says_where_to_begin_and_what_exit_codes_mean():
+    said = " ".join(run("--help").output.split())
+    assert "Begin with: sparsekern demo. Exit codes: 0 done, 2 bad input" in said
+
+
 def test_prune_writes_a_checkpoint_that_plain_transformers_loads(pruned):
     model = AutoModelForCausalLM.from_pretrained(pruned)
     weight = model.model.layers[0].mlp.down_proj.weight
