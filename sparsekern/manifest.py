@@ -189,11 +189,18 @@ def read_layers(config: Mapping[str, Any]) -> dict[str, PackedLayer]:
 def write_compressed(
     directory: Path, layers: Mapping[str, PackedLayer], parts: Iterable[Part], shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write the shards and their index, complete config.json, and sum every file that is there: the last step."""
+    """Write the shards and their index, complete config.json, and sum every file that is there: the last step.
+
+    Raises ValueError for what could be written and not be read again, such as a name with a line break.
+    """
     index = write(directory, STEM, parts, shard_bytes)
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     config = read_json(directory / CONFIG) | {"quantization_config": quantization_config(layers)}
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    try:
+        read_manifest(directory)
+    except ValueError as error:
+        raise ValueError(f"cannot be stored: {str(error).removesuffix(f'; {DAMAGED}')}") from error
     write_sums(directory)
 
 

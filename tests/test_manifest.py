@@ -349,3 +349,24 @@ def test_no_mutated_file_is_accepted_and_none_is_a_crash(copy):
         file.write_bytes(whole)
     assert refused > 220
     checkpoint.verify(copy)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a\nb"], "^cannot be stored: .*names must be printable, got 'a.nb'$"),
+        (
+            ["a.values", "a.metadata"],
+            "^cannot be stored: .*a is stored packed, but quantization_config does not name it$",
+        ),
+    ],
+)
+def test_what_could_not_be_read_again_is_not_written(names, message, tmp_path):
+    model = nn.Module()
+    model.a = nn.Module()
+    for name in names:
+        owner, _, own = name.rpartition(".")
+        model.get_submodule(owner)._parameters[own] = nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match=message):
+        checkpoint.save(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
