@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes an element
 Select = Callable[[str, nn.Parameter], bool]
 
 
@@ -37,7 +38,7 @@ class FixedMasks:
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]):
         self._model = model
         self._parameters: dict[str, nn.Parameter] = {}
-        self._pruned: dict[str, Tensor] = {}
+        self._kept: dict[str, Tensor] = {}
         self._handles: dict[int, list] = {}
         named, first = dict(model.named_parameters(remove_duplicate=False)), {}
         for name, mask in masks.items():
@@ -51,12 +52,13 @@ class FixedMasks:
                 )
             if parameter.is_meta:
                 raise ValueError(f"{name}: the weight is on the meta device; load the model without offloading")
-            pruned = mask.detach().logical_not().to(parameter.device)
+            # a copy: whoever made the mask may change it
+            kept = mask.detach().to(parameter.device, copy=True)
             if (other := first.setdefault(id(parameter), name)) != name:
-                if not torch.equal(pruned, self._pruned[other]):
+                if not torch.equal(kept, self._kept[other]):
                     raise ValueError(f"{name} and {other} are one tied parameter, and their masks differ")
                 continue
-            self._parameters[name], self._pruned[name] = parameter, pruned
+            self._parameters[name], self._kept[name] = parameter, kept
 
     @classmethod
     def of(cls, model: nn.Module, select: Select | None = None) -> "FixedMasks":
@@ -93,13 +95,13 @@ class FixedMasks:
     @property
     def masks(self) -> dict[str, Tensor]:
         """By parameter name, bool, True = kept: copies."""
-        return {name: pruned.logical_not() for name, pruned in self._pruned.items()}
+        return {name: kept.clone() for name, kept in self._kept.items()}
 
     @property
     def sparsity(self) -> float:
         """The fraction pruned of all weights that have a mask."""
-        size = sum(pruned.numel() for pruned in self._pruned.values())
-        return sum(int(pruned.sum()) for pruned in self._pruned.values()) / max(size, 1)
+        size = sum(kept.numel() for kept in self._kept.values())
+        return 1 - sum(int(kept.sum()) for kept in self._kept.values()) / max(size, 1)
 
     def attach(self, optimizer: Optimizer) -> "FixedMasks":
         """Zero the pruned weights now and after every step of `optimizer`; attaching twice is attaching once.
@@ -137,13 +139,13 @@ class FixedMasks:
     @torch.no_grad()
     def apply(self) -> None:
         """Set every pruned weight to +0.0 now."""
-        for _, parameter, pruned in self._current():
-            parameter.masked_fill_(pruned, 0)
+        for _, parameter, kept in self._current():
+            _keep(parameter, kept)
 
     def check(self) -> None:
         """Raises ValueError unless every pruned weight is exactly +0.0, and every parameter the one that was masked."""
-        for name, parameter, pruned in self._current():
-            values = parameter.detach()[pruned]
+        for name, parameter, kept in self._current():
+            values = parameter.detach()[~kept]
             if moved := int(((values != 0) | values.signbit()).sum()):
                 raise ValueError(
                     f"{name}: {moved} of {len(values)} pruned weights are not +0.0; attach the masks to every "
@@ -158,34 +160,46 @@ class FixedMasks:
                     f"{name} is another tensor than the one that was masked; make the masks and the optimizer after "
                     "whatever replaces parameters"
                 )
-            if self._pruned[name].device != parameter.device:
-                self._pruned[name] = self._pruned[name].to(parameter.device)
-            yield name, parameter, self._pruned[name]
+            if self._kept[name].device != parameter.device:
+                self._kept[name] = self._kept[name].to(parameter.device)
+            yield name, parameter, self._kept[name]
 
     def _gradient_hook(self, name: str) -> Callable[[Tensor], Tensor]:
         def masked(gradient: Tensor) -> Tensor:
             if gradient.layout != torch.strided:
                 raise ValueError(f"{name}: its gradient is sparse, and masks need a dense one; build it sparse=False")
-            # not a product: NaN times 0 is NaN
-            return gradient.masked_fill(self._pruned[name].to(gradient.device), 0)
+            kept = self._kept[name].to(gradient.device)
+            if gradient.requires_grad:
+                # of a gradient that is itself differentiated
+                return gradient.masked_fill(~kept, 0)
+            return _keep(gradient.clone(), kept)
 
         return masked
 
     @torch.no_grad()
     def _before_step(self) -> None:
         # a gradient may be older than the masks, or written by hand
-        for _, parameter, pruned in self._current():
+        for _, parameter, kept in self._current():
             if parameter.grad is not None:
-                parameter.grad.masked_fill_(pruned, 0)
+                _keep(parameter.grad, kept)
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer) -> None:
-        for _, parameter, pruned in self._current():
-            parameter.masked_fill_(pruned, 0)
+        for _, parameter, kept in self._current():
+            _keep(parameter, kept)
             for state in optimizer.state.get(parameter, {}).values():
                 # a quantised state has codes, of which 0 need not mean zero; its gradients were always 0
                 if isinstance(state, Tensor) and state.shape == parameter.shape and not _is_code(state):
-                    state.masked_fill_(pruned, 0)
+                    _keep(state, kept)
+
+
+def _keep(tensor: Tensor, kept: Tensor) -> Tensor:
+    """+0.0 in place where `kept` is False, whatever stood there: NaN too. Returns `tensor`."""
+    if tensor.is_complex():
+        return tensor.masked_fill_(~kept, 0)
+    # its bits as integers, times 0 or 1: several times faster than masked_fill_, which branches on every element
+    tensor.detach().view(BITS[tensor.element_size()]).mul_(kept)
+    return tensor
 
 
 def innermost(optimizer: Optimizer) -> Optimizer:

@@ -389,3 +389,31 @@ def test_a_frozen_weight_keeps_its_mask_and_may_be_thawed():
     net[0].weight.requires_grad_(True)
     train(net, optimizer, 2)
     masks.check()
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64], ids=str
+)
+def test_every_dtype_is_masked_whatever_stood_there(dtype):
+    weight = torch.tensor([[1, -0.0, math.nan], [-math.inf, -2, 3]], dtype=dtype)
+    net = nn.Linear(3, 2, bias=False)
+    # as it lies in memory after a transposition
+    net.weight = nn.Parameter(weight.mT.contiguous().mT)
+    kept = torch.tensor([[True, False, False], [False, True, True]])
+    FixedMasks(net, {"weight": kept}).apply()
+    expected = weight.clone()
+    expected[~kept] = 0
+    assert torch.equal(net.weight, expected)
+    zeros = net.weight.detach()[~kept]
+    assert is_positive_zero(torch.view_as_real(zeros) if dtype.is_complex else zeros)
+
+
+def test_gradients_of_gradients_are_masked():
+    net = nn.Linear(2, 1, bias=False)
+    net.weight.data.fill_(2.0)
+    FixedMasks(net, {"weight": torch.tensor([[True, False]])}).attach(SGD(net.parameters(), 0.1))
+    (gradient,) = torch.autograd.grad(net(torch.ones(1, 2)).pow(3).sum(), net.weight, create_graph=True)
+    assert gradient.tolist() == [[12.0, 0.0]]
+    gradient.sum().backward()
+    # d 3 w^2 / dw at w = 2, the pruned weight out of it
+    assert net.weight.grad.tolist() == [[12.0, 0.0]]
