@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from sparsekern.commands import bench, convert, demo, doctor, eval, inspect, prune, verify
+from sparsekern.commands import bench, convert, demo, doctor, eval, inspect, lottery, prune, verify
 from sparsekern.hf import UnknownModelError
 from sparsekern.publish import LockedError
 
@@ -47,5 +47,5 @@ app = typer.Typer(
     "1 a bug.",
 )
 
-for module in (prune, eval, inspect, verify, convert, doctor, bench, demo):
+for module in (prune, eval, inspect, verify, convert, doctor, bench, lottery, demo):
     app.command(module.__name__.rpartition(".")[2], epilog=f"Example: {module.EXAMPLE}")(module.command)

@@ -24,6 +24,7 @@ from sparsekern.hf_files import (
     save,
     skeleton,
     tokenizer,
+    untrained,
     write_config,
 )
 
@@ -48,6 +49,7 @@ __all__ = [
     "skeleton",
     "skipped",
     "tokenizer",
+    "untrained",
     "weight",
     "write_config",
 ]

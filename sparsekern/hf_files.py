@@ -96,6 +96,24 @@ def skeleton(
     return model.eval()
 
 
+def untrained(path_or_name: str | Path, **sizes: object) -> nn.Module:
+    """A causal language model of the architecture that a checkpoint has, with random float32 weights of torch's seed.
+
+    sizes  entries of its config to change, such as hidden_size
+
+    Only config.json is read. Raises ValueError, in one line, when there is no such model, and for an unknown entry.
+    """
+    try:
+        config = transformers.AutoConfig.from_pretrained(_source(path_or_name))
+        for name, value in sizes.items():
+            if not hasattr(config, name):
+                raise ValueError(f"{type(config).__name__} has no entry {name!r}")
+            setattr(config, name, value)
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (*BROKEN_CONFIG, OSError, ValueError, RuntimeError, ImportError) as error:
+        raise ValueError(_in_one_line("model", path_or_name, error)) from error
+
+
 def tokenizer(path_or_name: str | Path, revision: str | None = None, trust_remote_code: bool = False):
     """The tokenizer of a local directory or of the hub. Raises ValueError, in one line, when there is none."""
     source = _source(path_or_name)

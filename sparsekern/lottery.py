@@ -208,6 +208,17 @@ def shrink(weights: Mapping[str, Tensor], masks: Masks, rate: float, scope: Lite
     return {name: patterns[name].mask(saliency).view_as(weights[name]) for name, saliency in flat.items()}
 
 
+def trained(directory: str | Path, round: int) -> State:
+    """The state that a recorded round ended with, for load_state_dict.
+
+    Raises ValueError when `directory` holds no search, or not that round.
+    """
+    journal = Journal.read(directory)
+    if not 0 <= round < len(journal.rounds):
+        raise ValueError(f"{str(directory)!r} holds rounds 0..{len(journal.rounds) - 1}, got round = {round}")
+    return {name: value for name, value in journal.tensors(round).items() if not name.startswith(LOST)}
+
+
 class _Search:
     """The state between two rounds."""
 

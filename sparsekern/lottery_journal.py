@@ -55,6 +55,14 @@ class Journal:
                 _compare(directory, journal._content["settings"], settings)
             yield journal
 
+    @classmethod
+    def read(cls, directory: str | Path) -> "Journal":
+        """The journal of `directory` as it is, to look at. Raises ValueError when there is none."""
+        path = Path(directory) / NAME
+        if not path.is_file():
+            raise ValueError(f"{str(directory)!r} holds no {NAME}: no search was recorded there")
+        return cls(path.parent, _read(path))
+
     @property
     def rounds(self) -> list[dict[str, Any]]:
         return self._content["rounds"]
@@ -83,7 +91,7 @@ class Journal:
     def _save(self, file: str, tensors: Mapping[str, Tensor]) -> str:
         # tied tensors share memory, which safetensors refuses: each is written for itself
         data = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
-        _replace(self._directory / file, data)
+        replace_file(self._directory / file, data)
         return hashlib.sha256(data).hexdigest()
 
     def _load(self, file: str, sha256: str) -> dict[str, Tensor]:
@@ -102,7 +110,7 @@ class Journal:
             raise ValueError(f"{str(path)!r} is no safetensors file: {error}") from error
 
     def _write(self) -> None:
-        _replace(self._directory / NAME, (json.dumps(self._content, indent=1) + "\n").encode())
+        replace_file(self._directory / NAME, (json.dumps(self._content, indent=1) + "\n").encode())
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -138,7 +146,7 @@ def _compare(directory: Path, begun: Mapping[str, Any], now: Mapping[str, Any]) 
             )
 
 
-def _replace(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
     """The file is the old one or the new one, also after a power cut."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     with open(unfinished, "wb") as file:
