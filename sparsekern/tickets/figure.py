@@ -35,7 +35,7 @@ def plot(found: Mapping[str, Summary], path: Path) -> None:
             score.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
             # what collapses would flatten everything else
             worst = min(row.score.mean - row.score.sd for row in summary.series("ticket"))
-            score.set_ylim(bottom=max(worst - 0.08, 0))
+            score.set_ylim(max(worst - 0.08, 0), 1)
         else:
             score.set_yscale("log")
             score.yaxis.set_major_formatter(lambda value, _: f"{value:g}")

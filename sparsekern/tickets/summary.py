@@ -130,9 +130,10 @@ class Summary:
 
     def table(self) -> Table:
         """Scores at the step of early stopping, and the ticket's step, against what is left of the weights."""
+        unit = " in %" if self._unit else ""
         title = (
-            f"{self.problem.name}: {self.problem.score} on the test set{self._unit}, mean ± sd of {len(self.seeds)} "
-            "seeds; step: the ticket's early stop"
+            f"{self.problem.name}: {self.problem.score}{unit} on the test set, mean ± sd of {len(self.seeds)} seeds; "
+            "step: the ticket's early stop"
         )
         table = Table("weights", title=title)
         for name in COLUMNS.values():
