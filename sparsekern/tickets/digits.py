@@ -58,6 +58,7 @@ def problems(steps: int | None = None, rounds: int | None = None) -> list[Proble
                 fresh=build,
                 optimizer=lambda model: torch.optim.Adam(model.parameters(), RATE, fused=True),
                 learning_rate=functools.partial(_learning_rate, length),
+                clip_norm=None,
                 loss=functools.partial(_loss, train),
                 validate=functools.partial(_validation_loss, validation),
                 test=functools.partial(_accuracy, test),

@@ -24,6 +24,7 @@ class Problem:
     score          what is reported, such as "accuracy"; `higher_is_better`
     fresh          seed -> theta_0
     optimizer      of a model; its rates are set to learning_rate(step) before each step
+    clip_norm      that gradients are clipped to; None: they are not
     loss           model, seed, step -> the loss of that step's batch: nothing else decides the batch
     validate       model -> loss on the validation set
     test           model -> score on the test set
@@ -43,6 +44,7 @@ class Problem:
     fresh: Callable[[int], nn.Module]
     optimizer: Callable[[nn.Module], Optimizer]
     learning_rate: Callable[[int], float]
+    clip_norm: float | None
     loss: Callable[[nn.Module, int, int], Tensor]
     validate: Callable[[nn.Module], float]
     test: Callable[[nn.Module], float]
@@ -78,6 +80,8 @@ class Problem:
                     group["lr"] = rate
                 optimizer.zero_grad()
                 self.loss(model, seed, step).backward()
+                if self.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), self.clip_norm)
                 optimizer.step()
                 if (step + 1) % self.every == 0 or step + 1 == self.steps:
                     rows.append((self.validate(model), step + 1, self.test(model)))

@@ -17,7 +17,7 @@ from sparsekern.tickets.problem import Problem
 COLUMNS = {
     "ticket": "ticket",
     "late rewinding": "late",
-    "learning-rate rewinding": "lr rewinding",
+    "learning-rate rewinding": "lr rewind",
     "fine-tuning": "fine-tuning",
     "random re-initialisation": "re-init",
     "random mask": "random mask",
@@ -167,7 +167,8 @@ class Summary:
     def _bare(self, spread: Spread) -> str:
         if self.problem.higher_is_better:
             return f"{100 * spread.mean:.1f} ± {100 * spread.sd:.1f}"
-        return f"{spread.mean:.2f} ± {spread.sd:.2f}"
+        digits = 2 if spread.mean < 10 else 1
+        return f"{spread.mean:.{digits}f} ± {spread.sd:.{digits}f}"
 
     def _shown(self, spread: Spread) -> str:
         return self._bare(spread) + self._unit

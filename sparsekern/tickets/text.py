@@ -1,7 +1,8 @@
 """text: the shipped language model's architecture, two small blocks of it, on standard-library sources byte by byte.
 
 It learns on the shipped calibration text and stops by, and is reported on, two halves of the held-out text, file by
-file. Bytes are its tokens: nearly all weights are then in the layers that are pruned. Perplexity is a byte's.
+file. Bytes are its tokens: nearly all weights are then in the layers that are pruned. Perplexity is a byte's. The peak
+rate is that of 2e-3, 3e-3 and 5e-3 at which the dense network's validation loss was steadily low over three seeds.
 """
 
 import functools
@@ -24,8 +25,8 @@ SIZES = {
 }
 WINDOW, BATCH = 64, 8
 WINDOWS = 64  # of validation and of test, each
-PEAK_RATE, WARMUP = 5e-3, 20
-STEPS, EVERY = 400, 40
+PEAK_RATE, WARMUP, CLIP_NORM = 3e-3, 20, 1.0
+STEPS, EVERY = 600, 50
 # what is left of the weights: 64, 41, 26, 17, 11, 6.9, 4.4, 2.8 and 1.8 %
 RATE, ROUNDS, CONTROLLED = 0.36, 9, (2, 4, 5, 6, 8)
 
@@ -45,7 +46,7 @@ def problems(steps: int | None = None, rounds: int | None = None) -> list[Proble
                 "windows": {"bytes": WINDOW, "validation": WINDOWS, "test": WINDOWS},
                 "network": {"architecture": type(_model(0)).__name__, **SIZES},
                 "recipe": f"AdamW, warmed up to {PEAK_RATE} over {WARMUP} steps, half a cosine down to a tenth of it, "
-                f"batches of {BATCH} windows",
+                f"batches of {BATCH} windows, gradients clipped to norm {CLIP_NORM}",
             },
             steps=length,
             every=EVERY,
@@ -60,6 +61,7 @@ def problems(steps: int | None = None, rounds: int | None = None) -> list[Proble
                 model.parameters(), PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.1, fused=True
             ),
             learning_rate=functools.partial(_learning_rate, length),
+            clip_norm=CLIP_NORM,
             loss=functools.partial(_loss, train),
             validate=functools.partial(_mean_loss, _windows(validation)),
             test=lambda model: math.exp(_mean_loss(_windows(test), model)),
