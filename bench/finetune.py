@@ -251,7 +251,9 @@ def table(rows: list[dict[str, Any]], dense: float, seeds: int) -> Table:
     for heading in ("pattern", "learning rate", "before", "after"):
         made.add_column(heading, justify="right")
     for row in rows:
-        cells = (f"{row[name]:.3f} ± {row[f'{name}_sd'] or 0:.3f}" for name in ("before", "after"))
+        spread = {name: row[f"{name}_sd"] for name in ("before", "after")}
+        # one seed has no spread
+        cells = (f"{row[name]:.3f}" + (f" ± {sd:.3f}" if sd is not None else "") for name, sd in spread.items())
         made.add_row(row["variant"], row["pattern"] or "", f"{row['learning_rate']:g}", *cells)
     return made
 

@@ -10,7 +10,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
 def test_the_python_runs(tmp_path, monkeypatch, capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
     # enough for a few windows
     (tmp_path / "heldout.txt").write_text((MODEL / "heldout.txt").read_text()[:20_000])
     changes = {
@@ -18,6 +18,7 @@ def test_the_python_runs(tmp_path, monkeypatch, capsys):
         '"calibration.txt"': repr(str(MODEL / "calibration.txt")),
         '"heldout.txt"': repr(str(tmp_path / "heldout.txt")),
         "seqlen=2048, count=128": "seqlen=64, count=4",
+        "max_steps=200": "max_steps=2, use_cpu=True, report_to=[], disable_tqdm=True",
     }
     for written, here in changes.items():
         assert written in code
@@ -28,6 +29,8 @@ def test_the_python_runs(tmp_path, monkeypatch, capsys):
     assert "ADMM 2:4: 28 layers, sparsity 50.00%" in shown
     assert "perplexity" in shown
     assert (tmp_path / "pruned/model.safetensors").exists()
+    assert (tmp_path / "packed/sparsekern-00001-of-00001.safetensors").exists()
+    assert (tmp_path / "tuned/checkpoint-2/model.safetensors").exists()
 
 
 def test_every_command_that_it_names_is_there():
