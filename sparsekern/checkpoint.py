@@ -51,8 +51,8 @@ def save(
     files        name -> text, written beside them: README.md is the model's card
     shard_bytes  at most so many a file, or one tensor where that is more
 
-    SparseLinear layers are packed as they are; nn.Linear layers that hold zeros as 2:4 where that holds, else as a
-    bitmap, and stay dense where packing does not pay or their weight is tied. A tensor at a time is packed and written.
+    SparseLinear layers are packed as they are; nn.Linear layers that hold zeros as a bitmap or, where it holds and
+    is smaller, as 2:4; they stay dense where packing does not pay or their weight is tied. A tensor at a time is packed and written.
     The directory appears by one rename, synced, complete or not at all. Raises FileExistsError when it exists already
     and ValueError for a model that cannot be stored: on the meta device, quantised otherwise, or with adapters on it.
     """

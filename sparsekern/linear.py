@@ -302,23 +302,28 @@ def _left_dense(name: str, linear: nn.Linear, skip: tuple[str, ...], shared: set
 def _swap(linear: nn.Linear, plan: Plan | Unmeasured, tokens: tuple[int, ...]) -> tuple[SparseLinear | None, str]:
     """The best SparseLinear for `linear`, or None, and the reason for either."""
     weight = linear.weight.detach()
-    reasons = []
+    packings, reasons, last_resort = [], [], None
     for format in (SemiStructured, Bitmap):
         try:
-            packed = pack(weight, format)
+            packings.append(pack(weight, format))
         except ValueError as error:
             reasons.append(f"{format.name}: {error}")
-            continue
+    # 2:4 takes as many bytes for a few weights as for half of them
+    for packed in sorted(packings, key=lambda packed: packed.nbytes):
         if packed.nbytes >= weight.nbytes:
-            reasons.append(f"{format.name}: packed it would take {packed.nbytes:,} bytes, dense {weight.nbytes:,}")
+            reasons.append(f"{packed.name}: packed it would take {packed.nbytes:,} bytes, dense {weight.nbytes:,}")
             continue
         decision = plan.decide(packed, weight, tokens)
         if decision.kernel is None:
-            reasons.append(f"{format.name}: {decision.reason}")
+            reasons.append(f"{packed.name}: {decision.reason}")
             continue
-        kernel = next(k for k in LINEAR_KERNELS[format] if k.name == decision.kernel)
-        return SparseLinear(packed, linear.bias, kernel).train(linear.training), decision.reason
-    return None, "; ".join(reasons)
+        kernel = next(k for k in LINEAR_KERNELS[type(packed)] if k.name == decision.kernel)
+        swapped = SparseLinear(packed, linear.bias, kernel).train(linear.training)
+        if kernel.name != "reference":
+            return swapped, decision.reason
+        # another format may have a compiled kernel
+        last_resort = last_resort or (swapped, decision.reason)
+    return last_resort or (None, "; ".join(reasons))
 
 
 def _shared_weights(model: nn.Module) -> set[int]:

@@ -48,7 +48,7 @@ def choose(
 ) -> tuple[PackedLayer, int] | str:
     """How `weight` [out_features, in_features] is packed and how many weights it keeps, or why it stays dense.
 
-    to    the format to pack in; None takes 2:4 where it holds, else bitmap
+    to    the format to pack in; None takes the smaller one: bitmap, or 2:4 where that holds
     bias  dtype of the layer's bias, None for none: a SparseLinear takes none but its weight's
 
     A format is taken where it holds and takes fewer bytes than the dense weight.
@@ -66,13 +66,13 @@ def choose(
     kept = int(row_offsets[-1])
     # the bits after the last input are 0, so half a byte may be looked at that is no group
     is_24 = weight.shape[1] % 4 == 0 and not (most_of_four(bitmap) > 2).any()
-    chosen = to or (SemiStructured if is_24 else Bitmap)
-    if chosen is SemiStructured and not is_24:
+    if to is SemiStructured and not is_24:
         return "it is not 2:4"
-    layer = PackedLayer.of(chosen, tuple(weight.shape), weight.dtype, kept)
-    packed = nbytes(layer, kept)
-    if packed >= weight.nbytes:
-        return f"as {chosen.name} it would take {packed:,} bytes, dense {weight.nbytes:,}"
+    formats = (to,) if to else (SemiStructured, Bitmap) if is_24 else (Bitmap,)
+    layers = [PackedLayer.of(format, tuple(weight.shape), weight.dtype, kept) for format in formats]
+    layer = min(layers, key=lambda layer: nbytes(layer, kept))
+    if (packed := nbytes(layer, kept)) >= weight.nbytes:
+        return f"as {layer.format.name} it would take {packed:,} bytes, dense {weight.nbytes:,}"
     return layer, kept
 
 

@@ -281,3 +281,12 @@ def test_a_meta_weight_is_refused_with_its_name_before_anything_is_swapped(model
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj: weight is on the meta device"):
         sk.sparsify(model, plan=sk.Unmeasured())
     assert not [module for module in model.modules() if isinstance(module, sk.SparseLinear)]
+
+
+def test_a_weight_that_happens_to_be_2_4_takes_the_smaller_format(tmp_path):
+    """One weight of every hundred is 2:4 as well, where half of the places would be stored."""
+    linear = nn.Linear(100, 64, bias=False)
+    linear.weight.data[:, torch.arange(100) % 100 != 7] = 0
+    model = nn.Sequential(linear)
+    assert sk.save(model, tmp_path / "saved").packed["0"]["format"] == "bitmap"
+    assert sk.sparsify(model, plan=sk.Unmeasured()).swapped[0]["format"] == "bitmap"

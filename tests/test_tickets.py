@@ -117,7 +117,8 @@ def test_recorded_seeds_are_not_run_again_and_other_settings_are_refused(mlp, ra
     assert recorded(ran, mlp, 1) is None
 
 
-def test_a_run_that_was_interrupted_gives_the_same_cells(mlp, ran, tmp_path):
+# the processes of run() have one thread too
+def test_a_run_that_was_interrupted_gives_the_same_cells(mlp, ran, tmp_path, one_thread):
     class Interrupted(Exception):
         pass
 
