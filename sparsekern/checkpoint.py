@@ -52,7 +52,8 @@ def save(
     shard_bytes  at most so many a file, or one tensor where that is more
 
     SparseLinear layers are packed as they are; nn.Linear layers that hold zeros as a bitmap or, where it holds and
-    is smaller, as 2:4; they stay dense where packing does not pay or their weight is tied. A tensor at a time is packed and written.
+    is smaller, as 2:4; they stay dense where packing does not pay or their weight is tied. A tensor at a time is
+    packed and written.
     The directory appears by one rename, synced, complete or not at all. Raises FileExistsError when it exists already
     and ValueError for a model that cannot be stored: on the meta device, quantised otherwise, or with adapters on it.
     """

@@ -196,10 +196,8 @@ def _is_head(model: nn.Module, layer: nn.Module) -> bool:
 def _bytes(name: str, layer: SparseLinear) -> LayerBytes:
     packed = layer.packed
     kept, shape = packed.values.numel(), (layer.out_features, layer.in_features)
-    # a layer that happens to hold 2:4 has metadata in place of a bitmap, and needs no offsets
-    where, offsets = (packed.bitmap, packed.row_offsets.nbytes) if layer.format is Bitmap else (packed.metadata, 0)
-    dense = shape[0] * shape[1] * packed.values.element_size()
-    return LayerBytes(name, shape, kept, dense, packed.values.nbytes, where.nbytes, offsets)
+    parts = (getattr(packed, part).nbytes for part in ("values", "bitmap", "row_offsets"))
+    return LayerBytes(name, shape, kept, shape[0] * shape[1] * packed.values.element_size(), *parts)
 
 
 @torch.inference_mode()
