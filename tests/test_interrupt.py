@@ -13,7 +13,7 @@ from sparsekern.cli import app
 from sparsekern.demo import MODEL
 from sparsekern.methods import Wanda
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "listening")
 
 SMALL = ("--method", "wanda", "--samples", "2", "--seqlen", "64", "--json", "--skip", "model.layers.[123].*")
 
@@ -29,6 +29,14 @@ def tensors(directory):
 
 def interrupt():
     os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture
+def listening():
+    """A shell starts what runs in the background deaf to Ctrl-C, and tests with it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
