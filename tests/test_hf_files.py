@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sparsekern import hf, text
+from sparsekern import demo, hf, text
 from tests import tiny_models
 
 
@@ -223,3 +223,16 @@ def test_code_of_a_checkpoint_runs_only_when_it_is_trusted(tmp_path):
         with pytest.raises(ValueError, match="^cannot load (model|tokenizer) '/"):
             load(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+def test_an_untrained_model_has_the_architecture_of_a_checkpoint_other_sizes_and_the_seeds_weights():
+    torch.manual_seed(0)
+    first = hf.untrained(demo.MODEL, hidden_size=32, num_hidden_layers=1, intermediate_size=48)
+    assert type(first) is type(hf.load(demo.MODEL))
+    assert first.dtype == torch.float32
+    assert first.model.layers[0].mlp.up_proj.weight.shape == (48, 32)
+    torch.manual_seed(0)
+    again = hf.untrained(demo.MODEL, hidden_size=32, num_hidden_layers=1, intermediate_size=48)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    with pytest.raises(ValueError, match="LlamaConfig has no entry 'hiden_size'"):
+        hf.untrained(demo.MODEL, hiden_size=32)
