@@ -10,6 +10,18 @@
 
 namespace sparsekern::cuda {
 
+// A 2:4 weight in the order of mma.sp.m16n8k32, as ops/fragments_24.py makes it: panels of kPanelRows outputs by chunks
+// of kChunkInputs inputs, a chunk being kChunkTiles tiles of 16 outputs x 32 inputs; zeros fill the last of each.
+//   values    [panels, chunks, kChunkTiles, 32 lanes, 8], 16 bytes are a lane's A fragment of a tile
+//   metadata  [panels, chunks, 32 lanes, 4], register r serves tile 2r with sparsity selector 0, tile 2r + 1 with 1
+// Both lie on 16 bytes.
+constexpr int64_t kPanelRows = 16;
+constexpr int64_t kChunkInputs = 256;
+constexpr int64_t kTileInputs = 32;
+constexpr int64_t kChunkTiles = kChunkInputs / kTileInputs;
+constexpr int64_t kChunkValues = kPanelRows * kChunkInputs / 2;
+constexpr int64_t kChunkWords = 32 * 4;  // of metadata
+
 // linear_bitmap: y[t, o] = sum_i x[t, i] W[o, i] + bias[o], W as formats/bitmap.py saves it.
 //   x            [tokens, in_features]
 //   values       [kept], the kept weights row by row

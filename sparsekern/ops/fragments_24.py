@@ -1,0 +1,82 @@
+"""fragments_24: a 2:4 weight as it is saved (formats/semi_structured.py) to what the mma.sp kernels read, and back.
+
+mma.sp.m16n8k32 multiplies a tile of 16 outputs x 32 inputs, 16 x 16 of them kept. A panel is 16 outputs by all inputs,
+a chunk of it 256 inputs: 8 tiles, whose positions fill one 16-byte load of each of the warp's 32 lanes. What is added
+to fill the last panel and the last chunk is zero, at positions 0 and 1.
+
+    values    [panels, chunks, 8 tiles, 32 lanes, 8]  one 16-byte load of a lane is its A fragment of a tile
+    metadata  [panels, chunks, 32 lanes, 4] int32     one 16-byte load of a lane serves the chunk: register r holds tile
+                                                      2r in lanes with lane % 4 < 2 and tile 2r + 1 in the others, which
+                                                      are sparsity selectors 0 and 1
+
+Within a tile, with lane = 4 g + t, the eight values are rows g, g + 8, g, g + 8 by the kept columns 2t, 2t + 1, then by
+8 + 2t, 8 + 2t + 1 in the last four; and a metadata register is the saved word t % 2 of row g in its low half and of row
+g + 8 in its high half.
+
+Source: PTX ISA, "Matrix fragments for sparse mma.m16n8k32 with .f16 and .bf16 types" and "Sparse matrix storage".
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sparsekern.formats.semi_structured import SemiStructured
+from sparsekern.ops.kernel import Kernel, never_refuses
+
+PANEL_ROWS = 16
+CHUNK_INPUTS = 256
+
+_LANES = 32
+_TILES = 8  # a chunk
+_FRAGMENT = 8  # values of a lane's fragment of a tile
+# positions 0 and 1 in each of a word's four groups, as SemiStructured.pack leaves groups without inputs
+_EMPTY_WORD = 0x4444
+
+Fragments = tuple[Tensor, Tensor]
+
+
+def reference(packed: SemiStructured) -> Fragments:
+    """The values and metadata that the mma.sp kernels read. Raises ValueError as SemiStructured.validate does."""
+    packed.validate()
+    panels, chunks = sizes(*packed.shape)
+    rows = panels * PANEL_ROWS - packed.shape[0]
+    values = pad(packed.values, (0, chunks * CHUNK_INPUTS // 2 - packed.values.shape[1], 0, rows))
+    words = pad(packed.metadata, (0, chunks * 16 - packed.metadata.shape[1], 0, rows), value=_EMPTY_WORD)
+    # rows are (half, g), kept columns (tile, half, t, neighbour), words (register, selector, word)
+    values = values.view(panels, 2, 8, chunks, _TILES, 2, 4, 2).permute(0, 3, 4, 2, 6, 5, 1, 7)
+    words = words.view(panels, 2, 8, chunks, 4, 2, 2).permute(0, 3, 2, 5, 6, 4, 1)
+    values = values.reshape(panels, chunks, _TILES, _LANES, _FRAGMENT)
+    metadata = words.contiguous().view(torch.int32).view(panels, chunks, _LANES, 4)
+    return values.contiguous(), metadata
+
+
+def reference_inverse(operands: Fragments, out_features: int, in_features: int) -> SemiStructured:
+    """The inverse of `reference`, bit for bit. Raises ValueError when the operands are not of this size."""
+    check(operands, out_features, in_features)
+    values, metadata = operands
+    panels, chunks = sizes(out_features, in_features)
+    values = values.view(panels, chunks, _TILES, 8, 4, 2, 2, 2).permute(0, 6, 3, 1, 2, 5, 4, 7)
+    words = metadata.contiguous().view(torch.int16).view(panels, chunks, 8, 2, 2, 4, 2).permute(0, 6, 2, 1, 5, 3, 4)
+    values = values.reshape(panels * PANEL_ROWS, chunks * CHUNK_INPUTS // 2)[:out_features, : in_features // 2]
+    words = words.reshape(panels * PANEL_ROWS, chunks * 16)[:out_features, : -(-in_features // 16)]
+    return SemiStructured(values.contiguous(), words.contiguous(), in_features)
+
+
+def sizes(out_features: int, in_features: int) -> tuple[int, int]:
+    """Panels and chunks of a weight."""
+    return -(-out_features // PANEL_ROWS), -(-in_features // CHUNK_INPUTS)
+
+
+def check(operands: Fragments, out_features: int, in_features: int) -> None:
+    """Raises ValueError when `operands` are not the fragments of a weight [out_features, in_features]."""
+    values, metadata = operands
+    panels, chunks = sizes(out_features, in_features)
+    if list(values.shape) != [panels, chunks, _TILES, _LANES, _FRAGMENT]:
+        wanted = [panels, chunks, _TILES, _LANES, _FRAGMENT]
+        raise ValueError(f"values must be {wanted}, got {list(values.shape)}")
+    if metadata.dtype != torch.int32 or list(metadata.shape) != [panels, chunks, _LANES, 4]:
+        wanted = [panels, chunks, _LANES, 4]
+        raise ValueError(f"metadata must be int32 {wanted}, got {metadata.dtype} {list(metadata.shape)}")
+
+
+KERNELS = (Kernel("reference", reference, never_refuses, restore=reference_inverse),)
