@@ -2,7 +2,9 @@
 
 F.linear    what nn.Linear calls
 prepacked   oneDNN with the weight reordered beforehand, which is what torch.compile with freezing calls
-compiled    torch.compile with freezing itself: a second of compilation a layer, and not seen to beat prepacked
+compiled    torch.compile: on the CPU with freezing; a second of compilation a layer, and not seen to beat prepacked
+cuSPARSELt  torch's own product with a 2:4 weight, with the algorithm that its search finds best; what a sparse layer of
+            ours has to beat where the weight is 2:4
 """
 
 from collections.abc import Callable
@@ -12,10 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsekern.ops import cusparselt
+
 
 @dataclass(frozen=True)
 class Dense:
-    """A dense baseline: `prepare` makes from (weight, bias, tokens) what `run` reads beside x and the bias.
+    """A baseline: `prepare` makes from (weight, bias, tokens) what `run` reads beside x and the bias.
+
+    All are dense but CUSPARSELT, whose weight must be 2:4.
 
     of_tokens  prepared anew for each number of tokens
     """
@@ -52,7 +58,23 @@ def _compile(weight: Tensor, bias: Tensor | None, tokens: int) -> object:
     x = weight.new_zeros(tokens, weight.shape[1])
     with torch.no_grad():
         graph = torch.export.export(_Linear(weight.clone(), bias), (x,)).module()
-        return torch._inductor.compile(graph, (x,), options={"freezing": True})
+        return torch._inductor.compile(graph, (x,), options={"freezing": weight.device.type == "cpu"})
+
+
+def _search(compressed: Tensor, x: Tensor, bias: Tensor | None) -> tuple[int, int, int]:
+    """The library's fastest algorithm for this product, how it splits the sum, and in which way."""
+    search = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None)
+    arguments = (compressed, cusparselt.padded(x).T, bias, None, None, True)
+    with torch.cuda.device_of(x):
+        if search is None:
+            return torch._cslt_sparse_mm_search(*arguments), 1, -1
+        return search(*arguments)[:3]
+
+
+def _prepare_searched(weight: Tensor, bias: Tensor | None, tokens: int) -> tuple[Tensor, int, int, int]:
+    compressed = cusparselt.compress(weight)
+    x = torch.randn(tokens, weight.shape[1], device=weight.device).to(weight.dtype)
+    return compressed, *_search(compressed, x, bias)
 
 
 LINEAR = Dense("F.linear", lambda weight, *_: weight.clone(), F.linear, lambda weight: None)
@@ -67,6 +89,13 @@ COMPILED = Dense(
     "compiled",
     _compile,
     lambda x, call, _: call(x),
-    lambda weight: None if weight.device.type == "cpu" else f"freezing is for the CPU, got {weight.device}",
+    lambda weight: None,
+    of_tokens=True,
+)
+CUSPARSELT = Dense(
+    "cuSPARSELt",
+    _prepare_searched,
+    lambda x, prepared, bias: cusparselt.multiply(x, prepared[0], bias, *prepared[1:]),
+    lambda weight: cusparselt.refuses_weight(weight.device, weight.dtype, tuple(weight.shape)),
     of_tokens=True,
 )

@@ -1,6 +1,7 @@
 """shapes: the linear layers of models that people run, from their published configurations.
 
-Sources: the config.json of meta-llama/Llama-3.2-1B, meta-llama/Llama-2-7b-hf and Qwen/Qwen2.5-0.5B.
+Sources: the config.json of meta-llama/Llama-3.2-1B, Llama-2-7b-hf, Meta-Llama-3-8B and Meta-Llama-3-70B, and of
+Qwen/Qwen2.5-0.5B.
 """
 
 from dataclasses import dataclass
@@ -99,6 +100,26 @@ _LLAMA_2_7B = _llama(
     vocabulary=32000,
     tied=False,
 )
+_LLAMA_3_8B = _llama(
+    "llama-3-8b",
+    blocks=32,
+    hidden=4096,
+    intermediate=14336,
+    heads=32,
+    kv_heads=8,
+    vocabulary=128256,
+    tied=False,
+)
+_LLAMA_3_70B = _llama(
+    "llama-3-70b",
+    blocks=80,
+    hidden=8192,
+    intermediate=28672,
+    heads=64,
+    kv_heads=8,
+    vocabulary=128256,
+    tied=False,
+)
 _QWEN_2_5_05B = _llama(
     "qwen2.5-0.5b",
     blocks=24,
@@ -122,7 +143,7 @@ _TINY = _llama(
     tied=True,
 )
 
-MODELS = {model.name: model for model in (_LLAMA_3_2_1B, _LLAMA_2_7B, _QWEN_2_5_05B, _TINY)}
+MODELS = {model.name: model for model in (_LLAMA_3_2_1B, _LLAMA_2_7B, _LLAMA_3_8B, _LLAMA_3_70B, _QWEN_2_5_05B, _TINY)}
 
 
 def find(name: str) -> ModelShape:

@@ -30,7 +30,7 @@ FEWEST_SAMPLES = 8  # fewer say nothing about p10 and p90
 WAITED_SHARE = 0.05  # of a sample's time, on a run queue
 # past the last-level cache of every processor this is used on, when the machine does not say
 UNKNOWN_CACHE_BYTES = 128 << 20
-FLUSH_BYTES = 256 << 20  # past the L2 of every card
+FLUSH_BYTES = 512 << 20  # past the L2 of every card, and longer to read than an op takes to be launched
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -183,14 +183,16 @@ class Processor:
 
 
 class Card:
-    """The clock of a CUDA device: events around each call, behind a write that empties the L2.
+    """The clock of a CUDA device: events around each call, behind a read that empties the L2.
 
-    The write also keeps the card busy while the call is launched, so that the launch is not timed.
+    A read: lines that a write leaves behind would go to memory while the call runs. It also keeps the card busy while
+    the call is launched, so that the launch is not timed.
     """
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+        self._flush = torch.zeros(FLUSH_BYTES // 4, device=device)
+        self._sum = torch.zeros((), device=device)
 
     def __enter__(self) -> "Card":
         torch.cuda.synchronize(self._device)
@@ -202,7 +204,7 @@ class Card:
     def time(self, call: Callable[[], object]) -> Sample:
         with torch.cuda.device(self._device):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._flush.zero_()
+            torch.sum(self._flush, 0, out=self._sum)
             start.record()
             call()
             end.record()

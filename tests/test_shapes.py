@@ -7,8 +7,14 @@ from sparsekern import shapes
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    # of the model cards, less the norms: 1.24 B, 6.74 B, 0.49 B
-    [("llama-3.2-1b", 1_235_746_816), ("llama-2-7b", 6_738_149_376), ("qwen2.5-0.5b", 493_961_216)],
+    # of the model cards, less the norms: 1.24 B, 6.74 B, 8.03 B, 70.6 B, 0.49 B
+    [
+        ("llama-3.2-1b", 1_235_746_816),
+        ("llama-2-7b", 6_738_149_376),
+        ("llama-3-8b", 8_029_995_008),
+        ("llama-3-70b", 70_552_387_584),
+        ("qwen2.5-0.5b", 493_961_216),
+    ],
 )
 def test_weights_add_up(name, parameters):
     model = shapes.find(name)
@@ -21,5 +27,7 @@ def test_qwen_has_a_bias_on_q_k_v_only():
 
 
 def test_an_unknown_model_is_refused_with_those_known():
-    with pytest.raises(ValueError, match=r"'gpt-9'; known are llama-3.2-1b, llama-2-7b, qwen2.5-0.5b, tiny"):
+    with pytest.raises(
+        ValueError, match=r"'gpt-9'; known are llama-3.2-1b, llama-2-7b, llama-3-8b, llama-3-70b, qwen2.5-0.5b, tiny"
+    ):
         shapes.find("gpt-9")

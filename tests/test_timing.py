@@ -1,8 +1,12 @@
 """Timing: the arithmetic, on samples made by hand and a clock that is not one."""
 
+import contextlib
+from typing import ClassVar
+
 import pytest
 import torch
 
+from sparsekern import timing
 from sparsekern.timing import (
     FEWEST_SAMPLES,
     Alternation,
@@ -171,3 +175,36 @@ def test_the_cache_is_known_or_none():
 def test_few_samples_are_not_steady():
     assert not Latency.of(samples(*[1.0] * (FEWEST_SAMPLES - 1))).steady
     assert Latency.of(samples(*[1.0] * FEWEST_SAMPLES)).steady
+
+
+class FakeEvent:
+    """An event of a card that needs 2 ms for everything."""
+
+    recorded: ClassVar[list] = []
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.recorded.append(self)
+
+    def synchronize(self):
+        assert self is self.recorded[-1]
+
+    def elapsed_time(self, end):
+        return 2.0 * (self.recorded.index(end) - self.recorded.index(self))
+
+
+def test_a_card_is_timed_by_events_around_the_call_and_behind_a_read_that_empties_its_cache(monkeypatch):
+    """Emulated: the clock's own lines run, on tensors of the CPU."""
+    monkeypatch.setattr(timing, "FLUSH_BYTES", 64)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    clock, seen = timing.Card(torch.device("cpu")), []
+    with clock:
+        clock._sum.fill_(7.0)
+        # by then the buffer of zeros was read, and one event recorded
+        sample = clock.time(lambda: seen.append((float(clock._sum), len(FakeEvent.recorded))))
+    assert seen == [(0.0, 1)]
+    assert sample == Sample(0.002)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from sparsekern.formats import Bitmap, SemiStructured
-from sparsekern.ops import bitmap_rows, linear_bitmap
+from sparsekern.ops import bitmap_rows, cusparselt, linear_bitmap
 from sparsekern.ops.bitmap_panels import from_panels, to_panels
 from sparsekern.ops.kernel import Kernel, never_refuses
 
@@ -75,5 +75,6 @@ KERNELS = (
         _from_rows,
         linear_bitmap.dense_from_saved,
     ),
+    Kernel("cusparselt", cusparselt.run, cusparselt.refuses, cusparselt.prepare, cusparselt.restore, cusparselt.dense),
     Kernel("reference", _run, never_refuses, _as_saved, _from_saved, _dense_from_saved),
 )

@@ -37,6 +37,8 @@ def test_every_kernel_matches_float64(kernel, dtype, out_features, in_features, 
 
 @pytest.mark.parametrize("kernel", linear_24.KERNELS, ids=lambda kernel: kernel.name)
 def test_restore_gives_back_the_packed_weight_bit_for_bit(kernel):
+    if kernel.name == "cusparselt":
+        pytest.skip("test_cusparselt.py has a stand-in for the library")
     packed = SemiStructured.pack(problem(37, 100, torch.float32)[0])
     restored = kernel.restore(kernel.prepare(packed), 37, 100)
     assert torch.equal(restored.values, packed.values)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -264,9 +265,10 @@ def test_the_op_is_registered_as_torch_wants_it(tokens, dtype):
 
 
 def test_every_registered_op_is_checked_by_opcheck():
-    """The two of the CPU above, linear_bitmap_cuda in tests/cuda_on_host on a card: a new one must follow."""
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("sparsekern::")}
-    assert names == {f"sparsekern::linear_bitmap_{op}" for op in ("cpu", "cpu_weight", "cuda")}
+    tests = [path.read_text() for path in Path(__file__).parents[1].glob("**/test_*.py")]
+    checked = "".join(text for text in tests if "torch.library.opcheck(" in text)
+    assert {name for name in names if f"{name.replace('::', '.')}.default" not in checked} == set()
 
 
 @needs_cpu
