@@ -6,6 +6,7 @@
 // the cache makes bearable.
 
 #include "ops.h"
+#include "ptx.cuh"
 
 namespace sparsekern::cuda {
 namespace {
@@ -64,16 +65,15 @@ __global__ void linear_bitmap_kernel(
 }
 
 template <typename Value>
-cudaError_t launch(const Value* x, const Value* values, const uint8_t* bitmap, const int64_t* row_offsets,
-                   const Value* bias, Value* y, int64_t tokens, int64_t out_features, int64_t in_features,
-                   cudaStream_t stream) {
+cudaError_t multiply(const Value* x, const Value* values, const uint8_t* bitmap, const int64_t* row_offsets,
+                     const Value* bias, Value* y, int64_t tokens, int64_t out_features, int64_t in_features,
+                     cudaStream_t stream) {
   const int64_t threads = (tokens + kTokens - 1) / kTokens * out_features;
   if (threads == 0) return cudaSuccess;
   const int64_t blocks = (threads + kThreads - 1) / kThreads;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  linear_bitmap_kernel<Value><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
-      x, values, bitmap, row_offsets, bias, y, tokens, out_features, in_features);
-  return cudaGetLastError();
+  return launch(linear_bitmap_kernel<Value>, static_cast<unsigned>(blocks), kThreads, 0, stream, x, values, bitmap,
+                row_offsets, bias, y, tokens, out_features, in_features);
 }
 
 }  // namespace
@@ -81,19 +81,19 @@ cudaError_t launch(const Value* x, const Value* values, const uint8_t* bitmap, c
 cudaError_t linear_bitmap(const __nv_bfloat16* x, const __nv_bfloat16* values, const uint8_t* bitmap,
                           const int64_t* row_offsets, const __nv_bfloat16* bias, __nv_bfloat16* y, int64_t tokens,
                           int64_t out_features, int64_t in_features, cudaStream_t stream) {
-  return launch(x, values, bitmap, row_offsets, bias, y, tokens, out_features, in_features, stream);
+  return multiply(x, values, bitmap, row_offsets, bias, y, tokens, out_features, in_features, stream);
 }
 
 cudaError_t linear_bitmap(const __half* x, const __half* values, const uint8_t* bitmap, const int64_t* row_offsets,
                           const __half* bias, __half* y, int64_t tokens, int64_t out_features, int64_t in_features,
                           cudaStream_t stream) {
-  return launch(x, values, bitmap, row_offsets, bias, y, tokens, out_features, in_features, stream);
+  return multiply(x, values, bitmap, row_offsets, bias, y, tokens, out_features, in_features, stream);
 }
 
 cudaError_t linear_bitmap(const float* x, const float* values, const uint8_t* bitmap, const int64_t* row_offsets,
                           const float* bias, float* y, int64_t tokens, int64_t out_features, int64_t in_features,
                           cudaStream_t stream) {
-  return launch(x, values, bitmap, row_offsets, bias, y, tokens, out_features, in_features, stream);
+  return multiply(x, values, bitmap, row_offsets, bias, y, tokens, out_features, in_features, stream);
 }
 
 }  // namespace sparsekern::cuda

@@ -6,16 +6,14 @@ import re
 import shutil
 import subprocess
 import types
-from pathlib import Path
 
 import pytest
 import torch
 
 from sparsekern.formats import Bitmap
 from sparsekern.ops import compiled, linear_bitmap
+from tests.cuda_on_host.emulator import CSRC, build
 
-HERE = Path(__file__).parent
-CSRC = HERE.parents[1] / "csrc"
 SOURCE = CSRC / "cuda/linear_bitmap.cu"
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-5}
@@ -23,39 +21,15 @@ TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 
 @pytest.fixture(scope="module")
 def on_host(tmp_path_factory):
-    """The kernel as a program of the CPU: only the launch syntax, which is not C++, is rewritten."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++ was found")
-    folder = tmp_path_factory.mktemp("cuda_on_host")
-    source, launches = re.subn(
-        r"(\w+<\w+>)<<<(.+), (\w+), 0, stream>>>\(", r"launch_on_host(\1, \2, \3, ", SOURCE.read_text()
-    )
-    assert launches == 1
-    (folder / "linear_bitmap.cu.h").write_text(source)
-    program = folder / "linear_bitmap"
-    command = [compiler, "-std=c++17", "-O1", "-I", HERE, "-I", folder, "-I", CSRC / "cuda", HERE / "linear_bitmap.cpp"]
-    # a g++ without the sanitizers' libraries still compares the numbers
-    for sanitizers in (["-fsanitize=address,undefined", "-fno-sanitize-recover=all"], []):
-        done = subprocess.run([*command, *sanitizers, "-o", program], capture_output=True, text=True)
-        if done.returncode == 0:
-            return program
-    raise AssertionError(done.stderr)
+    return build(tmp_path_factory.mktemp("linear_bitmap"), "linear_bitmap.cpp", "linear_bitmap.cu")
 
 
 def run(program, x, packed, bias):
-    """y of the program, read from its standard output."""
+    """y of the program."""
+    tensors = [x, packed.values, packed.bitmap, packed.row_offsets, bias]
     out_features, in_features = packed.shape
-    sizes = [x.shape[0], out_features, in_features, len(packed.values), int(bias is not None)]
-    tensors = [x, packed.values, packed.bitmap, packed.row_offsets, *([] if bias is None else [bias])]
-    done = subprocess.run(
-        [program, TYPES[x.dtype], *map(str, sizes)],
-        input=b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in tensors if t.numel()),
-        capture_output=True,
-        env={"ASAN_OPTIONS": "detect_leaks=0"},
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    return torch.frombuffer(bytearray(done.stdout), dtype=x.dtype).view(x.shape[0], out_features)
+    sizes = [x.shape[0], out_features, in_features]
+    return program.run(TYPES[x.dtype], tensors, sizes, [((x.shape[0], out_features), x.dtype)])[0]
 
 
 def problem(tokens, out_features, in_features, dtype):
