@@ -179,14 +179,9 @@ int64_t panels_to_bitmap_checked(const Weight& packed, Address values, int64_t v
                                       reinterpret_cast<int64_t*>(row_offsets), set, threads));
 }
 
-void check_product_dtype(const BitmapWeight& weight) {
-  check(weight.dtype != DType::kFloat16, "dtype must be bfloat16 or float32, got float16");
-}
-
 void linear_bitmap_checked(const Weight& packed, Address x, int64_t x_size, Address bias, int64_t bias_size, Address y,
                            int64_t y_size, int64_t tokens, int threads, const std::string& isa) {
   const BitmapWeight& weight = packed.weight;
-  check_product_dtype(weight);
   check_threads(threads);
   check(tokens >= 0, "tokens must not be negative, got " + std::to_string(tokens));
   int64_t x_needed, y_needed;
@@ -210,7 +205,6 @@ void linear_bitmap_checked(const Weight& packed, Address x, int64_t x_size, Addr
 void expand_bitmap_checked(const Weight& packed, Address dense, int64_t dense_size, int64_t first_panel,
                            int64_t end_panel, int threads, const std::string& isa) {
   const BitmapWeight& weight = packed.weight;
-  check_product_dtype(weight);
   check_threads(threads);
   check(0 <= first_panel && first_panel <= end_panel && end_panel <= packed.panels,
         "panels must lie in 0.." + std::to_string(packed.panels) + ", got " + std::to_string(first_panel) + ".." +

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "float16.h"
 #include "has_avx512.h"
 
 namespace sparsekern {
@@ -15,6 +16,19 @@ bool always() { return true; }
 
 #if defined(__x86_64__)
 bool has_avx512_bf16() { return has_avx512_vbmi2() && __builtin_cpu_supports("avx512bf16"); }
+
+bool has_avx512bw() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("popcnt") &&
+         __builtin_cpu_supports("bmi2");
+}
+
+// f16c came with them, and compilers cannot all ask for it
+bool has_avx2() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt");
+}
 #endif
 
 // in the order of kLinearBitmapSets
@@ -22,6 +36,8 @@ const LinearBitmapPanels* const kPanels[] = {
 #if defined(__x86_64__)
     &kLinearBitmapAvx512Bf16,
     &kLinearBitmapAvx512,
+    &kLinearBitmapAvx512Bw,
+    &kLinearBitmapAvx2,
 #endif
     &kLinearBitmapPortable,
 };
@@ -47,6 +63,12 @@ struct WidenBf16 {
     std::memcpy(&wide, &bits, sizeof wide);
     return wide;
   }
+};
+
+struct WidenFp16 {
+  using Source = uint16_t;
+  using Target = float;
+  static float convert(uint16_t x) { return widen_half(x); }
 };
 
 // Input pairs first_pair to end_pair - 1 of every group.
@@ -107,6 +129,8 @@ const InstructionSet kLinearBitmapSets[] = {
 #if defined(__x86_64__)
     {"avx512_bf16", has_avx512_bf16},
     {"avx512", has_avx512_vbmi2},
+    {"avx512bw", has_avx512bw},
+    {"avx2", has_avx2},
 #endif
     {"portable", always},
     {nullptr, nullptr},
@@ -116,9 +140,10 @@ bool linear_bitmap(const BitmapWeight& weight, const void* x, const void* bias, 
                    int threads) {
   const LinearBitmapPanels& kernel = *kPanels[set];
   const bool narrow = weight.dtype == DType::kBFloat16 && kernel.x_type == DType::kBFloat16;
-  const auto pack = narrow                                ? pack_x<CopyBf16>
+  const auto pack = narrow                             ? pack_x<CopyBf16>
                     : weight.dtype == DType::kBFloat16 ? pack_x<WidenBf16>
-                                                          : pack_x<CopyFloat>;
+                    : weight.dtype == DType::kFloat16  ? pack_x<WidenFp16>
+                                                       : pack_x<CopyFloat>;
   const int64_t pairs = block_count(weight) * kBlockMasks;
   const int64_t panels = panel_count(weight);
   const int64_t padded_tokens = tokens / kMaxGroup * kMaxGroup + group_size(tokens % kMaxGroup);

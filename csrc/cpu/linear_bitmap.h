@@ -36,6 +36,8 @@ extern const LinearBitmapPanels kLinearBitmapPortable;
 #if defined(__x86_64__)
 extern const LinearBitmapPanels kLinearBitmapAvx512;
 extern const LinearBitmapPanels kLinearBitmapAvx512Bf16;
+extern const LinearBitmapPanels kLinearBitmapAvx512Bw;
+extern const LinearBitmapPanels kLinearBitmapAvx2;
 #endif
 
 }  // namespace sparsekern

@@ -3,11 +3,12 @@
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512dq,fma,popcnt,bmi2")
 
+#include "expand_words_vbmi2.h"
 #include "linear_bitmap_avx512.h"
 
 namespace sparsekern {
 
-const LinearBitmapPanels kLinearBitmapAvx512 = {DType::kFloat32, linear_any<Bf16ByFma>, expand_any<Bf16ByFma>};
+const LinearBitmapPanels kLinearBitmapAvx512 = {DType::kFloat32, linear_any<Bf16ByFma>, expand_any};
 
 }  // namespace sparsekern
 

@@ -1,7 +1,7 @@
-// linear_bitmap on AVX-512 F, BW, VL and VBMI2: one expansion instruction turns a mask and the kept values behind it into
-// 16 rows by 2 inputs, which a register holds with a row to each lane: no sum across lanes is ever needed. Included by
-// one file an instruction set, after its target pragma. No STL here: a weak symbol compiled for AVX-512 could replace
-// the baseline's.
+// linear_bitmap on AVX-512 F, BW, DQ and VL: an expansion turns a mask and the kept values behind it into 16 rows by 2
+// inputs, which a register holds with a row to each lane, two with an input to each: no sum across lanes is needed before
+// the end. Included by one file an instruction set, after its target pragma and after the expand_words of that set. No
+// STL here: a weak symbol compiled for AVX-512 could replace the baseline's.
 #pragma once
 
 #include "fresh_zero.h"
@@ -40,7 +40,7 @@ struct Bf16Values {
   static constexpr int64_t kDirectTokens = 16;
 
   static void expand(uint32_t mask, const Value* values, __m512i* tile) {
-    tile[0] = _mm512_mask_expand_epi16(fresh_zero(), mask, _mm512_loadu_si512(values));
+    tile[0] = expand_words(mask, values);
   }
   static void store(void* y, int64_t offset, __m512 sums, __mmask16 rows) {
     store_bf16(static_cast<uint16_t*>(y) + offset, sums, rows);
@@ -110,6 +110,29 @@ struct Float32ByFma {
   }
   static __m512 load_bias(const void* bias, int64_t row, __mmask16 rows) {
     return _mm512_maskz_loadu_ps(rows, static_cast<const float*>(bias) + row);
+  }
+};
+
+// float16 values: widened, then as float32.
+struct Float16ByFma : Float32ByFma {
+  using Value = uint16_t;
+
+  static __m512 widen(const Value* values) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
+  }
+  static void expand(uint32_t mask, const Value* values, __m512i* tile) {
+    const auto low = static_cast<__mmask16>(mask);
+    const auto high = static_cast<__mmask16>(mask >> 16);
+    const __m512i second = _mm512_castps_si512(widen(values + __builtin_popcount(low)));
+    tile[0] = _mm512_mask_expand_epi32(fresh_zero(), low, _mm512_castps_si512(widen(values)));
+    tile[1] = _mm512_mask_expand_epi32(fresh_zero(), high, second);
+  }
+  static void store(void* y, int64_t offset, __m512 sums, __mmask16 rows) {
+    const __m256i halves = _mm512_cvtps_ph(sums, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_mask_storeu_epi16(static_cast<Value*>(y) + offset, rows, halves);
+  }
+  static __m512 load_bias(const void* bias, int64_t row, __mmask16 rows) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(rows, static_cast<const Value*>(bias) + row));
   }
 };
 
@@ -316,13 +339,15 @@ void expand(const BitmapWeight& weight, void* dense, int64_t first_panel, int64_
 template <class Bf16Kind>
 void linear_any(const BitmapWeight& weight, const void* x, const void* bias, void* y, int64_t tokens,
                 int64_t first_panel, int64_t end_panel) {
-  const auto run = weight.dtype == DType::kBFloat16 ? linear<Bf16Kind> : linear<Float32ByFma>;
+  const auto run = weight.dtype == DType::kBFloat16  ? linear<Bf16Kind>
+                   : weight.dtype == DType::kFloat16 ? linear<Float16ByFma>
+                                                     : linear<Float32ByFma>;
   run(weight, x, bias, y, tokens, first_panel, end_panel);
 }
 
-template <class Bf16Kind>
-void expand_any(const BitmapWeight& weight, void* dense, int64_t first_panel, int64_t end_panel) {
-  const auto run = weight.dtype == DType::kBFloat16 ? expand<Bf16Kind> : expand<Float32ByFma>;
+// sixteen bits are moved, whatever they mean
+inline void expand_any(const BitmapWeight& weight, void* dense, int64_t first_panel, int64_t end_panel) {
+  const auto run = weight.dtype == DType::kFloat32 ? expand<Float32ByFma> : expand<Bf16Values>;
   run(weight, dense, first_panel, end_panel);
 }
 

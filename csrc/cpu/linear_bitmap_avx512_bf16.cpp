@@ -4,6 +4,7 @@
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512dq,avx512bf16,fma,popcnt,bmi2")
 
+#include "expand_words_vbmi2.h"
 #include "linear_bitmap_avx512.h"
 
 namespace sparsekern {
@@ -27,7 +28,7 @@ struct Bf16ByDot : Bf16Values {
 
 }  // namespace
 
-const LinearBitmapPanels kLinearBitmapAvx512Bf16 = {DType::kBFloat16, linear_any<Bf16ByDot>, expand_any<Bf16ByDot>};
+const LinearBitmapPanels kLinearBitmapAvx512Bf16 = {DType::kBFloat16, linear_any<Bf16ByDot>, expand_any};
 
 }  // namespace sparsekern
 

@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "float16.h"
 #include "linear_bitmap.h"
 
 namespace sparsekern {
@@ -25,6 +26,12 @@ struct Bf16 {
     if (wide != wide) return 0x7fc0;
     return static_cast<Value>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
   }
+};
+
+struct Fp16 {
+  using Value = uint16_t;
+  static float widen(Value value) { return widen_half(value); }
+  static Value narrow(float wide) { return narrow_half(wide); }
 };
 
 struct Float32 {
@@ -120,12 +127,15 @@ void expand(const BitmapWeight& weight, void* dense, int64_t first_panel, int64_
 
 void linear_any(const BitmapWeight& weight, const void* x, const void* bias, void* y, int64_t tokens,
                 int64_t first_panel, int64_t end_panel) {
-  const auto run = weight.dtype == DType::kBFloat16 ? linear<Bf16> : linear<Float32>;
+  const auto run = weight.dtype == DType::kBFloat16  ? linear<Bf16>
+                   : weight.dtype == DType::kFloat16 ? linear<Fp16>
+                                                     : linear<Float32>;
   run(weight, x, bias, y, tokens, first_panel, end_panel);
 }
 
 void expand_any(const BitmapWeight& weight, void* dense, int64_t first_panel, int64_t end_panel) {
-  const auto run = weight.dtype == DType::kBFloat16 ? expand<Bf16> : expand<Float32>;
+  // sixteen bits are moved, whatever they mean
+  const auto run = weight.dtype == DType::kFloat32 ? expand<Float32> : expand<Bf16>;
   run(weight, dense, first_panel, end_panel);
 }
 

@@ -27,11 +27,12 @@ from sparsekern.ops.kernel import Kernel, never_refuses
 
 Packed = Bitmap | SemiStructured
 
-_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 _CUDA_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # measured on Zen 5, 4096 x 4096 at 50 %: in bfloat16 torch's product, the expansion with it, overtakes between 192 and
-# 200 tokens; in float32 the sparse kernel was still twice as fast at 1024, the most that was tried
-_DENSE_TOKENS = {torch.bfloat16: 192, torch.float32: 2048}
+# 200 tokens; in float32 the sparse kernel was still twice as fast at 1024, and in float16, of which torch has no fast
+# product there, seven times at 512: the most that was tried
+_DENSE_TOKENS = {torch.bfloat16: 192, torch.float16: 2048, torch.float32: 2048}
 # the CUDA kernel decodes the weight once for four tokens; not measured yet
 _CUDA_DENSE_TOKENS = 32
 # a slice of the expanded weight stays in the cache until it is multiplied
@@ -204,7 +205,7 @@ def cpu_refuses(packed: Packed) -> str | None:
     if packed.device.type != "cpu":
         return f"the weight must be on the CPU, got {packed.device}"
     if packed.dtype not in _NAMES:
-        return f"the weight must be bfloat16 or float32, got {packed.dtype}"
+        return f"the weight must be bfloat16, float16 or float32, got {packed.dtype}"
     return compiled.why_not("cpu")
 
 

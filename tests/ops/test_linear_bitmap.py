@@ -21,7 +21,7 @@ WAYS = {"sparse": linear_bitmap.sparse, "through_dense": linear_bitmap.through_d
 # relative errors of the whole output against float64
 BOUND = {torch.bfloat16: 1e-2, torch.float16: 1e-3, torch.float32: 1e-5}
 
-dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+dtypes = pytest.mark.parametrize("dtype", BOUND, ids=str)
 every_set = pytest.mark.parametrize("isa", SETS)
 
 
@@ -243,7 +243,9 @@ def test_arguments_that_do_not_fit_are_refused_in_words():
 
 def test_a_weight_that_no_compiled_kernel_serves_is_refused_in_words(monkeypatch):
     refuses = KERNELS["cpu"].refuses
-    assert "must be bfloat16 or float32, got torch.float16" in refuses(Bitmap.pack(torch.ones(2, 2).half()))
+    double = Bitmap.pack(torch.ones(2, 2))
+    object.__setattr__(double, "values", double.values.double())
+    assert "must be bfloat16, float16 or float32, got torch.float64" in refuses(double)
     packed = Bitmap.pack(torch.ones(2, 2))
     on_meta = Bitmap(packed.values.to("meta"), packed.bitmap.to("meta"), packed.row_offsets.to("meta"), 2)
     assert "must be on the CPU, got meta" in refuses(on_meta)

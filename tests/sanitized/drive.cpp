@@ -177,7 +177,6 @@ void drive_packed() {
         for (int threads : {1, 3}) {
           Packed p(dtype, shape[0], shape[1], density);
           each_set(kBitmapRowsSets, [&](int set) { drive_conversions(p, set, threads); });
-          if (dtype == DType::kFloat16) continue;
           each_set(kLinearBitmapSets, [&](int set) {
             for (int64_t tokens : {1, 3, 4, 7, 17, 70}) drive_linear(p, tokens, set, threads);
           });
@@ -189,7 +188,7 @@ void drive_packed() {
 
 // Large enough for threads to be worth their start.
 void drive_threads() {
-  for (DType dtype : {DType::kBFloat16, DType::kFloat32}) {
+  for (DType dtype : {DType::kBFloat16, DType::kFloat32, DType::kFloat16}) {
     Packed p(dtype, 131, 3001, 0.5);
     each_set(kBitmapRowsSets, [&](int set) { drive_conversions(p, set, 3); });
     each_set(kLinearBitmapSets, [&](int set) { drive_linear(p, 5, set, 3); });
