@@ -181,7 +181,8 @@ def build_cpu(build: Path) -> tuple[Path, dict]:
         "cflags": shlex.join([*flags, *headers(build.parent)]),
         "ldflags": shlex.join([*["-fopenmp"][: int(openmp)], *shlex.split(os.environ.get("LDFLAGS", ""))]),
     }
-    sources = [*sorted(CSRC.glob("cpu/*.cpp")), CSRC / "bind_cpu.cpp", CSRC / "bind_bitmap.cpp"]
+    bindings = [path for path in sorted(CSRC.glob("bind_*.cpp")) if path.name != "bind_cuda.cpp"]
+    sources = [*sorted(CSRC.glob("cpu/*.cpp")), *bindings]
     module = ninja_build("cpu", build, rules, sources)
     version = run([*compiler, "--version"])[1].splitlines()[0]
     return module, {"compiler": version, "flags": flags, "openmp": openmp}

@@ -11,13 +11,6 @@ py::tuple instruction_sets() { return names_of(kLinearBitmapSets); }
 
 std::string isa() { return py::cast<std::string>(instruction_sets()[0]); }
 
-void check_features(int64_t out_features, int64_t in_features) {
-  // 2^40 inputs or outputs cannot be an honest request, and their product would overflow
-  constexpr int64_t kMost = int64_t{1} << 40;
-  check(out_features >= 0 && out_features < kMost, "out_features is impossible: " + std::to_string(out_features));
-  check(in_features >= 0 && in_features < kMost, "in_features is impossible: " + std::to_string(in_features));
-}
-
 // A packed weight: addresses, and the sizes of what lies there.
 struct Weight {
   BitmapWeight weight;
@@ -183,16 +176,10 @@ void linear_bitmap_checked(const Weight& packed, Address x, int64_t x_size, Addr
                            int64_t y_size, int64_t tokens, int threads, const std::string& isa) {
   const BitmapWeight& weight = packed.weight;
   check_threads(threads);
-  check(tokens >= 0, "tokens must not be negative, got " + std::to_string(tokens));
-  int64_t x_needed, y_needed;
-  check(!__builtin_mul_overflow(tokens, weight.in_features, &x_needed) && x_size == x_needed,
-        "x must hold tokens * in_features elements, got " + std::to_string(x_size));
-  check(!__builtin_mul_overflow(tokens, weight.out_features, &y_needed) && y_size == y_needed,
-        "y must hold tokens * out_features elements, got " + std::to_string(y_size));
-  check(bias == 0 || bias_size == weight.out_features,
-        "bias must hold " + std::to_string(weight.out_features) + " elements, got " + std::to_string(bias_size));
+  const LinearOperands operands = {x, x_size, bias, bias_size, y, y_size, tokens};
+  const bool anything = operands.check_sizes(weight.out_features, weight.in_features);
   const int set = find_set(kLinearBitmapSets, isa);
-  if (y_needed == 0) return;
+  if (!anything) return;
   bool done;
   {
     py::gil_scoped_release release;

@@ -1,5 +1,5 @@
 // sparsekern._cpu: checks, casts the address, calls. Tensors come as addresses and sizes, so torch is neither needed to
-// build this nor linked. What is on packed weights is in bind_bitmap.cpp.
+// build this nor linked. What is on packed weights is in bind_bitmap.cpp, on dense ones in bind_dense.cpp.
 
 #include <cstring>
 #include <new>
@@ -155,6 +155,7 @@ PYBIND11_MODULE(_cpu, module) {
   release_threads_before_fork();
   module.attr("ABI") = kAbi;
   bind_bitmap(module);
+  bind_dense(module);
   module.def("obs_sweep_sets", [] { return names_of(kObsSweepSets); }, "Those this machine has, best first.");
   module.def("obs_sweep", obs_sweep_checked, py::arg("weight"), py::arg("weight_stride"), py::arg("u"), py::arg("mask"),
              py::arg("mask_stride"), py::arg("n"), py::arg("m"), py::arg("scale"), py::arg("levels"),

@@ -12,8 +12,9 @@ namespace py = pybind11;
 
 namespace sparsekern {
 
-// Everything on packed weights; the rest is bound in bind_cpu.cpp.
+// What is on packed and on dense weights; the rest is bound in bind_cpu.cpp.
 void bind_bitmap(py::module_& module);
+void bind_dense(py::module_& module);
 
 using Address = std::uintptr_t;
 
@@ -44,6 +45,37 @@ inline int find_set(const InstructionSet* sets, const std::string& name) {
   }
   throw py::value_error("this machine does not have the instruction set " + name);
 }
+
+inline void check_features(int64_t out_features, int64_t in_features) {
+  // 2^40 inputs or outputs cannot be an honest request, and their product would overflow
+  constexpr int64_t kMost = int64_t{1} << 40;
+  check(out_features >= 0 && out_features < kMost, "out_features is impossible: " + std::to_string(out_features));
+  check(in_features >= 0 && in_features < kMost, "in_features is impossible: " + std::to_string(in_features));
+}
+
+// What a linear op is given beside its weight: addresses, and the sizes of what lies there.
+struct LinearOperands {
+  Address x;
+  int64_t x_size;
+  Address bias;
+  int64_t bias_size;
+  Address y;
+  int64_t y_size;
+  int64_t tokens;
+
+  // Returns whether there is anything to do.
+  bool check_sizes(int64_t out_features, int64_t in_features) const {
+    check(tokens >= 0, "tokens must not be negative, got " + std::to_string(tokens));
+    int64_t x_needed, y_needed;
+    check(!__builtin_mul_overflow(tokens, in_features, &x_needed) && x_size == x_needed,
+          "x must hold tokens * in_features elements, got " + std::to_string(x_size));
+    check(!__builtin_mul_overflow(tokens, out_features, &y_needed) && y_size == y_needed,
+          "y must hold tokens * out_features elements, got " + std::to_string(y_size));
+    check(bias == 0 || bias_size == out_features,
+          "bias must hold " + std::to_string(out_features) + " elements, got " + std::to_string(bias_size));
+    return y_needed != 0;
+  }
+};
 
 inline void check_threads(int threads) { check(threads > 0, "threads must be positive, got " + std::to_string(threads)); }
 

@@ -6,7 +6,7 @@
 namespace sparsekern {
 
 // Raised by one whenever a signature or a layout here changes; ops/compiled.py refuses a module that has another.
-constexpr int kAbi = 4;
+constexpr int kAbi = 5;
 
 enum class DType : int { kBFloat16 = 0, kFloat32 = 1, kFloat16 = 2 };
 
@@ -57,6 +57,23 @@ bool linear_bitmap(const BitmapWeight& weight, const void* x, const void* bias, 
 
 // dense [rows of the panels, in_features], every element written, of panels first_panel to end_panel - 1
 void expand_bitmap(const BitmapWeight& weight, void* dense, int64_t first_panel, int64_t end_panel, int set, int threads);
+
+// linear_dense: y[t, o] = sum_i x[t, i] W[o, i] + bias[o], W as linear_bitmap's panels are with every weight kept: its
+// masks left out, its values with the zeros.
+//   panels  [panels, blocks * kBlockMasks, kPanelRows, 2], rows and inputs that do not exist are zeros
+struct DenseWeight {
+  DType dtype;  // of panels, bias, x and y
+  const void* panels;
+  int64_t out_features;
+  int64_t in_features;
+};
+
+// Best first, ended by a null name.
+extern const InstructionSet kLinearDenseSets[];
+
+// x, bias, y, tokens, set (an index into kLinearDenseSets), threads and what is returned as in linear_bitmap.
+bool linear_dense(const DenseWeight& weight, const void* x, const void* bias, void* y, int64_t tokens, int set,
+                  int threads);
 
 // bitmap_rows: a weight as it is saved (formats/bitmap.py), from the dense one and back. Nothing that it says of itself
 // is believed: a row is counted before it is converted, and what is wrong is told by its number.

@@ -1,44 +1,13 @@
 // linear_bitmap in plain C++: expands a block into a dense tile, bit by bit and without a branch, and multiplies it with
 // all tokens of a group.
 
-#include <cstring>
-
-#include "float16.h"
 #include "linear_bitmap.h"
+#include "portable_values.h"
 
 namespace sparsekern {
 namespace {
 
 constexpr int64_t kTile = kPanelRows * kBlockInputs;
-
-struct Bf16 {
-  using Value = uint16_t;
-  static float widen(Value value) {
-    const uint32_t bits = static_cast<uint32_t>(value) << 16;
-    float wide;
-    std::memcpy(&wide, &bits, sizeof wide);
-    return wide;
-  }
-  // to nearest, ties to even
-  static Value narrow(float wide) {
-    uint32_t bits;
-    std::memcpy(&bits, &wide, sizeof bits);
-    if (wide != wide) return 0x7fc0;
-    return static_cast<Value>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-  }
-};
-
-struct Fp16 {
-  using Value = uint16_t;
-  static float widen(Value value) { return widen_half(value); }
-  static Value narrow(float wide) { return narrow_half(wide); }
-};
-
-struct Float32 {
-  using Value = float;
-  static float widen(Value value) { return value; }
-  static Value narrow(float wide) { return wide; }
-};
 
 // One block: returns the values after it. tile [kBlockInputs, kPanelRows]
 template <class Type>

@@ -1,6 +1,7 @@
 """Packed weights: one file a format, in the canonical order that is saved; pack, to_dense, nbytes, validate."""
 
 from sparsekern.formats.bitmap import Bitmap
+from sparsekern.formats.dense import Dense
 from sparsekern.formats.semi_structured import SemiStructured
 
-__all__ = ["Bitmap", "SemiStructured"]
+__all__ = ["Bitmap", "Dense", "SemiStructured"]

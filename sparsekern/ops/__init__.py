@@ -2,27 +2,29 @@
 
 from torch import Tensor
 
-from sparsekern.formats import Bitmap, SemiStructured
-from sparsekern.ops import bitmap_rows, compiled, linear_24, linear_bitmap
+from sparsekern.formats import Bitmap, Dense, SemiStructured
+from sparsekern.ops import bitmap_rows, compiled, linear_24, linear_bitmap, linear_dense
+
+Packed = SemiStructured | Bitmap | Dense
 
 # the kernels that serve a linear layer packed in each format
-LINEAR_KERNELS = {SemiStructured: linear_24.KERNELS, Bitmap: linear_bitmap.KERNELS}
+LINEAR_KERNELS = {SemiStructured: linear_24.KERNELS, Bitmap: linear_bitmap.KERNELS, Dense: linear_dense.KERNELS}
 
 # of the formats whose conversion is an op, the op; the others convert themselves
 _CONVERSIONS = {Bitmap: bitmap_rows}
 
 
-def pack(weight: Tensor, format: type[SemiStructured | Bitmap]) -> SemiStructured | Bitmap:
+def pack(weight: Tensor, format: type[Packed]) -> Packed:
     """format.pack(weight), by the best kernel. Raises ValueError when the format cannot hold `weight`."""
     return _CONVERSIONS.get(format, format).pack(weight)
 
 
-def to_dense(packed: SemiStructured | Bitmap) -> Tensor:
+def to_dense(packed: Packed) -> Tensor:
     """packed.to_dense(), by the best kernel."""
     return _CONVERSIONS.get(type(packed), type(packed)).to_dense(packed)
 
 
-def validate(packed: SemiStructured | Bitmap) -> None:
+def validate(packed: Packed) -> None:
     """packed.validate(), by the best kernel. Raises ValueError when the parts of `packed` contradict each other."""
     _CONVERSIONS.get(type(packed), type(packed)).validate(packed)
 

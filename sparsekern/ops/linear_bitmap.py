@@ -50,7 +50,8 @@ def reference(x: Tensor, packed: Bitmap, bias: Tensor | None) -> Tensor:
     return linear(x, packed.to_dense(), bias)
 
 
-def _check(x: Tensor, values: Tensor, bias: Tensor | None, in_features: int) -> None:
+def check_product(x: Tensor, values: Tensor, bias: Tensor | None, in_features: int) -> None:
+    """Raises ValueError unless x and bias fit the values of a weight: shape, dtype, device."""
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"x must end with in_features = {in_features}, got shape {list(x.shape)}")
     if x.dtype != values.dtype:
@@ -117,7 +118,7 @@ def _linear_bitmap_cpu(
     out_features: int,
     in_features: int,
 ) -> Tensor:
-    _check(x, values, bias, in_features)
+    check_product(x, values, bias, in_features)
     flat = x.reshape(-1, in_features) if in_features else x.reshape(x.shape[:-1].numel(), 0)
     flat = flat.contiguous()
     # not a view: autograd lets nobody write to one that an op has returned
@@ -212,7 +213,7 @@ def cpu_refuses(packed: Packed) -> str | None:
 def _linear_bitmap_cuda(
     x: Tensor, values: Tensor, bitmap: Tensor, row_offsets: Tensor, bias: Tensor | None, in_features: int
 ) -> Tensor:
-    _check(x, values, bias, in_features)
+    check_product(x, values, bias, in_features)
     packed = Bitmap(values, bitmap, row_offsets, in_features)
     tokens, out_features = x.shape[:-1].numel(), packed.shape[0]
     if tokens >= _CUDA_DENSE_TOKENS:

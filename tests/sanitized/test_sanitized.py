@@ -1,6 +1,6 @@
 """csrc/cpu under the address and undefined-behaviour sanitizers: no op reads or writes but its operands.
 
-drive.cpp calls every op on every instruction set of this machine, at sizes that divide nothing, and with weights that
+drive*.cpp calls every op on every instruction set of this machine, at sizes that divide nothing, and with weights that
 lie as far as the binding lets them.
 """
 
@@ -35,7 +35,7 @@ def drive(tmp_path_factory):
     if tried.returncode:
         pytest.skip(f"g++ has no sanitizers: {tried.stderr.strip().splitlines()[-1]}")
     # the longest first
-    sources = sorted([*CSRC.glob("cpu/*.cpp"), HERE / "drive.cpp"], key=lambda path: -path.stat().st_size)
+    sources = sorted([*CSRC.glob("cpu/*.cpp"), *HERE.glob("*.cpp")], key=lambda path: -path.stat().st_size)
 
     def build(source):
         target = folder / f"{source.name}.o"
@@ -64,6 +64,6 @@ def test_the_sanitizer_sees_a_read_behind_the_end(drive):
 
 def test_every_op_of_ops_h_is_driven():
     declared = re.findall(r"^(?:bool|void|int64_t|uint64_t) (\w+)\(", (CSRC / "ops.h").read_text(), re.MULTILINE)
-    source = (HERE / "drive.cpp").read_text()
+    source = "".join(path.read_text() for path in HERE.glob("*.cpp"))
     assert len(declared) >= 13
     assert [name for name in declared if f"{name}(" not in source] == []

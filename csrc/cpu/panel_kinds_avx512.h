@@ -1,0 +1,109 @@
+// What a register of weights is and how it is multiplied, on AVX-512: 16 rows by 2 inputs, a row to each lane, so that no
+// sum across lanes is ever needed. Included by one file an instruction set, after its target pragma. No STL here: a weak
+// symbol compiled for AVX-512 could replace the baseline's.
+#pragma once
+
+#include "fresh_zero.h"
+#include "panel_product.h"
+
+namespace sparsekern {
+namespace {
+
+inline void store_bf16(uint16_t* target, __m512 wide, __mmask16 rows) {
+  // to nearest, ties to even; rounding up the bits of a NaN could make it infinite
+  const __m512i bits = _mm512_castps_si512(wide);
+  const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(wide, wide, _CMP_UNORD_Q);
+  const __m512i high = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16);
+  _mm256_mask_storeu_epi16(target, rows, _mm512_cvtepi32_epi16(high));
+}
+
+inline __m512 load_bf16(const uint16_t* source, __mmask16 rows) {
+  const __m512i words = _mm512_maskz_cvtepu16_epi32(rows, _mm256_maskz_loadu_epi16(rows, source));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+}
+
+// bfloat16 values: a mask expands to one register, dword n = (row n, input 0), (row n, input 1).
+struct Bf16Values {
+  using Value = uint16_t;
+  static constexpr int kRegisters = 1;
+  static constexpr int kPanels = 2;  // that are multiplied together
+
+  static void expand(uint32_t mask, const Value* values, __m512i* tile) {
+    tile[0] = _mm512_mask_expand_epi16(fresh_zero(), mask, _mm512_loadu_si512(values));
+  }
+  static void store(void* y, int64_t offset, __m512 sums, __mmask16 rows) {
+    store_bf16(static_cast<uint16_t*>(y) + offset, sums, rows);
+  }
+  static __m512 load_bias(const void* bias, int64_t row, __mmask16 rows) {
+    return load_bf16(static_cast<const uint16_t*>(bias) + row, rows);
+  }
+};
+
+// A bfloat16 is the upper half of a float32: a shift and an and make two of a dword.
+struct Bf16ByFma : Bf16Values {
+  using X = float;
+  struct Sum {
+    __m512 rows;
+  };
+  static Sum zero() { return {_mm512_setzero_ps()}; }
+  struct Weights {
+    __m512 even, odd;
+  };
+  static Weights weights(const __m512i* tile) {
+    const __m512i both = _mm512_loadu_si512(tile);
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)),
+            _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+  }
+  static void add(Sum& sum, const Weights& w, const X* x) {
+    sum.rows = _mm512_fmadd_ps(w.even, _mm512_set1_ps(x[0]), sum.rows);
+    sum.rows = _mm512_fmadd_ps(w.odd, _mm512_set1_ps(x[1]), sum.rows);
+  }
+  static __m512 total(const Sum& sum) { return sum.rows; }
+};
+
+// float32 values: two registers, of rows 0 to 7 and 8 to 15, lane 2 n + j = (row n, input j).
+struct Float32ByFma {
+  using Value = float;
+  using X = float;
+  static constexpr int kRegisters = 2;
+  static constexpr int kPanels = 1;
+
+  struct Sum {
+    __m512 low, high;
+  };
+  static Sum zero() { return {_mm512_setzero_ps(), _mm512_setzero_ps()}; }
+  struct Weights {
+    __m512 low, high;
+  };
+  static void expand(uint32_t mask, const Value* values, __m512i* tile) {
+    const auto low = static_cast<__mmask16>(mask);
+    const auto high = static_cast<__mmask16>(mask >> 16);
+    tile[0] = _mm512_mask_expand_epi32(fresh_zero(), low, _mm512_loadu_si512(values));
+    tile[1] = _mm512_mask_expand_epi32(fresh_zero(), high, _mm512_loadu_si512(values + __builtin_popcount(low)));
+  }
+  static Weights weights(const __m512i* tile) { return {_mm512_loadu_ps(tile), _mm512_loadu_ps(tile + 1)}; }
+  static void add(Sum& sum, const Weights& w, const X* x) {
+    double both;
+    __builtin_memcpy(&both, x, sizeof both);
+    const __m512 pair = _mm512_castpd_ps(_mm512_set1_pd(both));
+    sum.low = _mm512_fmadd_ps(w.low, pair, sum.low);
+    sum.high = _mm512_fmadd_ps(w.high, pair, sum.high);
+  }
+  static __m512 total(const Sum& sum) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    return _mm512_add_ps(_mm512_permutex2var_ps(sum.low, even, sum.high),
+                         _mm512_permutex2var_ps(sum.low, odd, sum.high));
+  }
+  static void store(void* y, int64_t offset, __m512 sums, __mmask16 rows) {
+    _mm512_mask_storeu_ps(static_cast<float*>(y) + offset, rows, sums);
+  }
+  static __m512 load_bias(const void* bias, int64_t row, __mmask16 rows) {
+    return _mm512_maskz_loadu_ps(rows, static_cast<const float*>(bias) + row);
+  }
+};
+
+}  // namespace
+}  // namespace sparsekern
