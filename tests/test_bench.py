@@ -15,6 +15,7 @@ TINY = [
     ["accuracy.py", "perplexity", "--tiny"],
     ["checkpoint.py", "--tiny"],
     ["finetune.py", "--tiny"],
+    ["gpu.py", "--tiny"],
     ["linear_bitmap.py", "--tiny"],
     ["model.py", "--tiny"],
     ["prune_model.py", "--tiny"],

@@ -1,0 +1,122 @@
+"""correctness: what comes before any time: the modules are built, the tests pass on the card, the sanitizer is mute.
+
+The tests and both of the sanitizer's tools run at once: nothing is timed meanwhile.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from card.record import Json, with_path
+
+ROOT = Path(__file__).parents[2]
+WHY_NOT = "from sparsekern.ops import compiled; print(compiled.why_not('cuda') or compiled.why_not('cpu') or '')"
+# of the files beside tests/on_card, the tests that need a card
+SUITES = {
+    "tests/on_card": ["tests/on_card"],
+    "tests of the ops on a card": ["tests/ops", "tests/cuda_on_host", "-k", "on_a_card"],
+}
+TOOLS = ("memcheck", "racecheck")
+OUTCOME = re.compile(r"^(\S+::.+?) (PASSED|FAILED|SKIPPED|ERROR|XFAIL)\b", re.MULTILINE)
+
+
+def build(seconds: float) -> Iterator[Json]:
+    """One row: whether the compiled modules are there, built now where they were not."""
+    start = time.monotonic()
+    before, log = why_not_built(), ""
+    if before:
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(seconds, 1))
+            log = done.stdout + done.stderr
+        except subprocess.TimeoutExpired:
+            log = f"the build was stopped after {seconds:.0f} s"
+    missing = why_not_built() if before else ""
+    row = {"stage": "build", "built_now": bool(before), "took": round(time.monotonic() - start, 1)}
+    yield {**row, "error": f"{missing}; {log[-1500:]}"} if missing else row
+
+
+def why_not_built() -> str:
+    """Empty when both modules can be loaded."""
+    asked = subprocess.run([sys.executable, "-c", WHY_NOT], cwd=ROOT, capture_output=True, text=True, env=with_path())
+    return asked.stdout.strip() if asked.returncode == 0 else asked.stderr.strip()[-500:]
+
+
+def run(seconds: float, tiny: bool) -> Iterator[Json]:
+    """A row a suite and a row a tool. What is not done in time is stopped, and the row says how far it came."""
+    until = time.monotonic() + seconds
+    sanitizer = shutil.which("compute-sanitizer")
+    running: list[tuple[str, str, subprocess.Popen, Path]] = []
+    with tempfile.TemporaryDirectory() as folder:
+
+        def start(kind: str, name: str, command: list[str], **more: str) -> None:
+            log = Path(folder, f"{len(running)}.log")
+            with log.open("wb") as to:
+                process = subprocess.Popen(
+                    command, cwd=ROOT, stdout=to, stderr=subprocess.STDOUT, env=with_path() | more
+                )
+            running.append((kind, name, process, log))
+
+        for name, suite in SUITES.items():
+            if tiny:
+                yield {"stage": "tests", "what": name, "left_out": "a tiny run: they are part of the test suite"}
+                continue
+            start("tests", name, [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *suite])
+        script = [sys.executable, "bench/card/sanitized.py", *(["--device", "cpu"] if tiny else [])]
+        if tiny:
+            start("sanitizer", "without compute-sanitizer", script)
+        elif sanitizer is None:
+            yield {"stage": "sanitizer", "left_out": "compute-sanitizer is not installed"}
+        else:
+            for tool in TOOLS:
+                flags = ["--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9"]
+                # every tensor its own allocation, so that an access beyond it is seen
+                start("sanitizer", tool, [sanitizer, *flags, *script], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        for kind, name, process, log in running:
+            cut = _wait(process, until)
+            text = log.read_text(errors="replace")
+            yield {"stage": kind, "what": name, **(_tests if kind == "tests" else _sanitizer)(text, process, cut)}
+
+
+def _wait(process: subprocess.Popen, until: float) -> bool:
+    """True when it had to be stopped."""
+    try:
+        process.wait(max(until - time.monotonic(), 0.1))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return True
+    return False
+
+
+def _tests(text: str, process: subprocess.Popen, cut: bool) -> Json:
+    outcomes = OUTCOME.findall(text)
+    names = {"PASSED": "passed", "FAILED": "failed", "SKIPPED": "skipped", "ERROR": "in_error"}
+    row: Json = {name: sum(outcome == word for _, outcome in outcomes) for word, name in names.items()}
+    bad = [name for name, outcome in outcomes if outcome in ("FAILED", "ERROR")]
+    # why, from the summary
+    row["failures"] = [line for line in text.splitlines() if line.startswith(("FAILED ", "ERROR "))][:40] or bad
+    row["skips"] = [line for line in text.splitlines() if line.startswith("SKIPPED ")][:40]
+    if cut:
+        row["error"] = f"stopped when its time was over, after {len(outcomes)} tests"
+    elif process.returncode not in (0, 1, 5):
+        row["error"] = f"pytest ended with {process.returncode}: {text[-1500:]}"
+    elif bad:
+        row["error"] = f"{len(bad)} tests fail"
+    return row
+
+
+def _sanitizer(text: str, process: subprocess.Popen, cut: bool) -> Json:
+    done = re.findall(r"^checked (.+)$", text, re.MULTILINE)
+    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", text)
+    row: Json = {"checked": len(done), "summary": summary[-1] if summary else None}
+    if cut:
+        row["error"] = f"stopped when its time was over, behind {done[-1] if done else 'nothing'}"
+    elif process.returncode:
+        row["error"] = f"exit status {process.returncode}: {text[-1500:]}"
+    return row
