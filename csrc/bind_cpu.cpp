@@ -155,6 +155,7 @@ PYBIND11_MODULE(_cpu, module) {
   release_threads_before_fork();
   module.attr("ABI") = kAbi;
   bind_bitmap(module);
+  bind_bitmap_int8(module);
   bind_dense(module);
   module.def("obs_sweep_sets", [] { return names_of(kObsSweepSets); }, "Those this machine has, best first.");
   module.def("obs_sweep", obs_sweep_checked, py::arg("weight"), py::arg("weight_stride"), py::arg("u"), py::arg("mask"),

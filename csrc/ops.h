@@ -8,9 +8,9 @@ namespace sparsekern {
 // Raised by one whenever a signature or a layout here changes; ops/compiled.py refuses a module that has another.
 constexpr int kAbi = 5;
 
-enum class DType : int { kBFloat16 = 0, kFloat32 = 1, kFloat16 = 2 };
+enum class DType : int { kBFloat16 = 0, kFloat32 = 1, kFloat16 = 2, kInt8 = 3 };
 
-constexpr int64_t value_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+constexpr int64_t value_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : dtype == DType::kInt8 ? 1 : 2; }
 
 // One implementation per instruction set, and whether this machine has it.
 struct InstructionSet {
@@ -132,6 +132,60 @@ int64_t bitmap_to_panels(const BitmapRows& packed, uint32_t* masks, void* values
 // ends, or kNoRow.
 int64_t panels_to_bitmap(const BitmapWeight& weight, void* values, uint8_t* bitmap, int64_t* row_offsets, int set,
                          int threads);
+
+// linear_bitmap_int8: y[t, o] = sum_i x[t, i] s[o, i / group_size] W[o, i] + bias[o], W integers of -127 to 127 in panels
+// of kPanelRows outputs, cut into blocks of kInt8BlockInputs inputs.
+//   panels   ceil(out_features / kPanelRows)
+//   blocks   ceil(in_features / kInt8BlockInputs)
+//   groups   ceil(in_features / group_size), one at least
+//   masks    [panels, blocks, kBlockMasks], mask q of a block: bit 4 n + j = row n, input 4 q + j is kept
+//   values   [kept] and kTailBytes of zeros, the kept integers in the order of the bits
+//   panel_offsets  [panels + 1], values[panel_offsets[p]] is the first of panel p
+//   scales   [panels, groups, kPanelRows], anything where there is no row
+constexpr int64_t kInt8BlockInputs = 64;
+
+struct BitmapInt8Weight {
+  DType dtype;  // of bias, x, y and dense
+  const uint64_t* masks;
+  const int8_t* values;
+  const int64_t* panel_offsets;
+  const float* scales;
+  int64_t group_size;  // a multiple of kInt8BlockInputs
+  int64_t out_features;
+  int64_t in_features;
+};
+
+// Best first, ended by a null name.
+extern const InstructionSet kLinearBitmapInt8Sets[];
+
+// x, bias, y, set, threads and the result as of linear_bitmap. x is rounded to integers, a token at a time
+// (cpu/linear_bitmap_int8.h), whose products are summed exactly within a group of at most 65536 inputs; the groups' sums
+// are added in float32. A token with a NaN or infinite input has NaN in every output. Scratch: in_features * 24 bytes for
+// every 8 tokens.
+bool linear_bitmap_int8(const BitmapInt8Weight& weight, const void* x, const void* bias, void* y, int64_t tokens,
+                        int set, int threads);
+
+// dense [rows of the panels, in_features], every element written, of panels first_panel to end_panel - 1: the integers
+// times their scale, rounded to the dtype
+void expand_bitmap_int8(const BitmapInt8Weight& weight, void* dense, int64_t first_panel, int64_t end_panel, int set,
+                        int threads);
+
+//   packed         a weight as it is saved, of kInt8
+//   masks, values, panel_offsets  as above, all written
+// Returns the first wrong row of `packed`, or kNoRow.
+int64_t bitmap_int8_to_panels(const BitmapRows& packed, uint64_t* masks, int8_t* values, int64_t* panel_offsets,
+                              int set, int threads);
+
+// Where panels_to_bitmap_int8 writes, as in BitmapRows.
+struct Int8RowsOut {
+  int8_t* values;
+  uint8_t* bitmap;
+  int64_t* row_offsets;
+};
+
+// All of `rows` written; weight.scales is not read. Needs offsets that neither fall nor leave the values. Returns the
+// first panel whose ones its offsets do not count, or that has ones where the weight ends, or kNoRow.
+int64_t panels_to_bitmap_int8(const BitmapInt8Weight& weight, const Int8RowsOut& rows, int set, int threads);
 
 // obs_sweep: prune, and where `scale` is given round, one block of columns from left to right with the OBS update; see
 // ops/obs_sweep.py.

@@ -12,6 +12,8 @@ BITS = (4, 8)
 _SHRINK = torch.linspace(1.0, 0.5, 26)
 # weights whose candidates the cache holds
 _CACHED = 1 << 16
+# weights of a group by which most candidates are told wrong
+_SAMPLE = 16
 
 
 def levels(bits: int) -> int:
@@ -86,3 +88,48 @@ def recover(weight: Tensor, bits: int, group_size: int | None = None) -> tuple[T
         )
     steps = (groups / scale[:, None]).where(scale[:, None] != 0, 0.0).round()
     return steps.to(torch.int8).view(rows, -1)[:, :columns], scale.view(rows, -1)
+
+
+def exact_scale(groups: Tensor, largest: int) -> Tensor:
+    """The scale with which integers give each group bit for bit, rounded to its dtype; 0 where there is none.
+
+    groups   [groups, size] of any floating dtype, such as a quantised weight that was saved in bfloat16
+    largest  the largest integer
+
+    The group's largest weight is some integer k times the scale. Each k says which integers the others are, each of
+    these between which bounds the scale lies, and all of them, where the bounds meet. Returns [groups] float32; of
+    several scales that of the smallest k. A group of zeros has 0.
+    """
+    most = groups.abs().amax(dim=1).double() if groups.shape[1] else groups.new_zeros(len(groups), dtype=torch.float64)
+    found = torch.zeros_like(most, dtype=torch.float32)
+    # some that are not zero from all over the group: by the large ones alone all candidates look alike
+    order = (torch.rand(groups.shape[1], generator=torch.Generator().manual_seed(0)) + 1).to(groups.device)
+    picked = (order * (groups != 0)).topk(min(_SAMPLE, groups.shape[1]), dim=1).indices
+    sample, candidates = groups.gather(1, picked), torch.arange(1, largest + 1, device=groups.device)
+    low, high = _bounds(sample[:, None], most[:, None] / candidates)  # [groups, largest]
+    possible = (low <= high) & (most > 0)[:, None]
+    while len(open_groups := possible.any(dim=1).nonzero()[:, 0]):
+        k = possible[open_groups].to(torch.uint8).argmax(dim=1)
+        rows, step = groups[open_groups], most[open_groups] / (k + 1)
+        low, high = _bounds(rows, step)
+        middle = ((low + high) / 2).float()
+        # the bounds may meet between two float32
+        for scale in (middle, middle.nextafter(high.float()), middle.nextafter(low.float())):
+            steps = (rows.float() / scale[:, None]).round().clamp(-largest, largest)
+            same = ((steps * scale[:, None]).to(rows.dtype) == rows).all(dim=1) & (low <= high)
+            found[open_groups] = torch.where(same & (found[open_groups] == 0), scale, found[open_groups])
+        possible[open_groups, k] = False
+        possible[found > 0] = False
+    return found
+
+
+def _bounds(weight: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """Between which scales all of `weight` [..., size] are, rounded, their nearest integers of `step` [...]."""
+    size = weight.abs().double()
+    integers = (size / step[..., None]).round_()
+    # half of the last place: bfloat16 has 8 bits, of which eps is the last of 1
+    half = torch.ldexp(torch.full_like(size, torch.finfo(weight.dtype).eps / 4), torch.frexp(size).exponent)
+    nothing, inside = size == 0, integers > 0
+    low = ((size - half) / integers).masked_fill_(nothing, 0.0).masked_fill_(~inside & ~nothing, torch.inf)
+    high = ((size + half) / integers).masked_fill_(nothing, torch.inf).masked_fill_(~inside & ~nothing, 0.0)
+    return low.amax(dim=-1), high.amin(dim=-1)

@@ -62,3 +62,20 @@ def test_a_weight_off_the_grid_is_refused_by_name():
     weight[2, 8:] = torch.tensor([7, 6, 5, 4, 3, 2, 1, 0.3])
     with pytest.raises(ValueError, match=r"row 2, group 1 does not lie on a grid of 4 bits \(1 groups like this\)"):
         grid.recover(weight, 4, 8)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_exact_scale_gives_a_quantised_weight_bit_for_bit(bits):
+    torch.manual_seed(0)
+    weight = torch.randn(50, 200) * (torch.rand(50, 200) < 0.5)
+    weight[7] = 0
+    scale = grid.best_scale(weight, torch.ones(200), grid.levels(bits))
+    quantised = grid.nearest(weight, scale[:, None], grid.levels(bits))
+    found = grid.exact_scale(quantised, grid.levels(8))
+    assert found[7] == 0
+    assert torch.equal((quantised / found[:, None]).nan_to_num().round() * found[:, None], quantised)
+
+
+def test_a_weight_that_was_not_quantised_has_no_exact_scale():
+    torch.manual_seed(0)
+    assert (grid.exact_scale(torch.randn(50, 200), 127) == 0).all()

@@ -17,7 +17,7 @@ FORMATS = sorted(set((PACKAGE / "formats").glob("*.py")) - {PACKAGE / "formats/_
 ARROWS = {
     "pattern": {"ops"},
     "stats": {"ops"},
-    "formats": set(),
+    "formats": {"grid"},
     "timing": set(),
     "baselines": {"ops"},
     "documents": set(),

@@ -1,4 +1,4 @@
-// Vectors of 16-bit and of 32-bit values, expanded and compressed: what bitmap_rows and bitmap_panels do on AVX-512
+// Vectors of 8-bit, 16-bit and 32-bit values, expanded and compressed: what bitmap_rows and bitmap_panels do on AVX-512
 // VBMI2. Included after the target pragma; no STL here, as in linear_bitmap_avx512.h.
 #pragma once
 
@@ -7,6 +7,17 @@
 
 namespace sparsekern {
 namespace {
+
+struct Values8 {
+  using Value = int8_t;
+  using Mask = __mmask64;
+  static constexpr int64_t kLanes = 64;
+  static Mask first(int64_t count) { return _bzhi_u64(~uint64_t{0}, static_cast<unsigned>(count)); }
+  static __m512i load(Mask lanes, const Value* source) { return _mm512_maskz_loadu_epi8(lanes, source); }
+  static void store(Value* target, Mask lanes, __m512i x) { _mm512_mask_storeu_epi8(target, lanes, x); }
+  static __m512i expand(Mask mask, __m512i x) { return _mm512_mask_expand_epi8(fresh_zero(), mask, x); }
+  static __m512i compress(Mask mask, __m512i x) { return _mm512_mask_compress_epi8(fresh_zero(), mask, x); }
+};
 
 struct Values16 {
   using Value = uint16_t;

@@ -2,13 +2,18 @@
 
 from torch import Tensor
 
-from sparsekern.formats import Bitmap, Dense, SemiStructured
-from sparsekern.ops import bitmap_rows, compiled, linear_24, linear_bitmap, linear_dense
+from sparsekern.formats import Bitmap, BitmapInt8, Dense, SemiStructured
+from sparsekern.ops import bitmap_rows, compiled, linear_24, linear_bitmap, linear_bitmap_int8, linear_dense
 
-Packed = SemiStructured | Bitmap | Dense
+Packed = SemiStructured | Bitmap | BitmapInt8 | Dense
 
 # the kernels that serve a linear layer packed in each format
-LINEAR_KERNELS = {SemiStructured: linear_24.KERNELS, Bitmap: linear_bitmap.KERNELS, Dense: linear_dense.KERNELS}
+LINEAR_KERNELS = {
+    SemiStructured: linear_24.KERNELS,
+    Bitmap: linear_bitmap.KERNELS,
+    BitmapInt8: linear_bitmap_int8.KERNELS,
+    Dense: linear_dense.KERNELS,
+}
 
 # of the formats whose conversion is an op, the op; the others convert themselves
 _CONVERSIONS = {Bitmap: bitmap_rows}

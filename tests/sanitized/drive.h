@@ -63,3 +63,4 @@ void each_set(const InstructionSet* sets, Function&& function) {
 
 // Each in a file of its own.
 void drive_dense();
+void drive_linear_bitmap_int8();

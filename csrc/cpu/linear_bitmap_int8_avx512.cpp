@@ -1,0 +1,379 @@
+// linear_bitmap_int8 on AVX-512 with VBMI2 and VNNI: one expansion turns a mask and the kept integers behind it into 16
+// rows by 4 inputs, a row to each lane, and one instruction multiplies them with a byte of each of 4 inputs. Bytes of x
+// are unsigned there, so the weights' own sums are kept beside the products, to take the offset of x away.
+//
+// A panel is expanded once for 8 tokens straight from the register, or for 64 tokens chunk by chunk through L1. No STL
+// here: a weak symbol compiled for AVX-512 could replace the baseline's.
+
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vnni,fma,popcnt,bmi2")
+
+#include "fresh_zero.h"
+#include "linear_bitmap_int8.h"
+
+namespace sparsekern {
+namespace {
+
+constexpr int64_t kPrefetchBytes = 8192;
+// expanded weights in half of L1
+constexpr int64_t kChunkSteps = 256;
+// groups of tokens whose sums stay in L1 beside them, and whose bytes of x stay in L2
+constexpr int64_t kWideGroups = 8;
+
+inline void prefetch(const void* address) {
+  _mm_prefetch(static_cast<const char*>(address) + kPrefetchBytes, _MM_HINT_T0);
+}
+
+inline __m512i expand_step(uint64_t mask, const int8_t* values) {
+  return _mm512_mask_expand_epi8(fresh_zero(), mask, _mm512_loadu_si512(values));
+}
+
+// sum + the products of four unsigned bytes of x with four signed ones of w. Written out because GCC 12 copies every sum
+// before and after the intrinsic, more sums than there are registers.
+inline __m512i dot(__m512i sum, __m512i x, __m512i w) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
+  return sum;
+}
+
+inline __m512i broadcast(const uint8_t* x) {
+  int four;
+  __builtin_memcpy(&four, x, sizeof four);
+  return _mm512_set1_epi32(four);
+}
+
+inline void store_bf16(uint16_t* target, __m512 wide, __mmask16 rows) {
+  // to nearest, ties to even; rounding up the bits of a NaN could make it infinite
+  const __m512i bits = _mm512_castps_si512(wide);
+  const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(wide, wide, _CMP_UNORD_Q);
+  const __m512i high = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16);
+  _mm256_mask_storeu_epi16(target, rows, _mm512_cvtepi32_epi16(high));
+}
+
+inline __m512 load_as(const void* source, DType dtype, int64_t offset, __mmask16 lanes) {
+  if (dtype == DType::kFloat32) return _mm512_maskz_loadu_ps(lanes, static_cast<const float*>(source) + offset);
+  const auto* words = static_cast<const uint16_t*>(source) + offset;
+  const __m512i wide = _mm512_maskz_cvtepu16_epi32(lanes, _mm256_maskz_loadu_epi16(lanes, words));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+inline void store_as(void* target, DType dtype, int64_t offset, __m512 x, __mmask16 lanes) {
+  if (dtype == DType::kFloat32) return _mm512_mask_storeu_ps(static_cast<float*>(target) + offset, lanes, x);
+  store_bf16(static_cast<uint16_t*>(target) + offset, x, lanes);
+}
+
+inline __mmask16 first_lanes(int64_t count) {
+  return static_cast<__mmask16>(_bzhi_u32(0xffffu, static_cast<unsigned>(count < 0 ? 0 : count > 16 ? 16 : count)));
+}
+
+Rounding rounding_of_token(const void* x, DType dtype, int64_t offset, int64_t in_features) {
+  __m512 most = _mm512_setzero_ps(), sum = _mm512_setzero_ps();
+  __mmask16 wrong = 0;
+  for (int64_t i = 0; i < in_features; i += 16) {
+    const __m512 size = _mm512_abs_ps(load_as(x, dtype, offset + i, first_lanes(in_features - i)));
+    wrong = static_cast<__mmask16>(wrong | _mm512_cmp_ps_mask(size, _mm512_set1_ps(__builtin_inff()), _CMP_NLT_UQ));
+    most = _mm512_max_ps(most, size);
+    sum = _mm512_add_ps(sum, size);
+  }
+  return rounding_of(_mm512_reduce_max_ps(most), _mm512_reduce_add_ps(sum), wrong == 0, dtype, in_features);
+}
+
+// [kStepInputs * 4 inputs] as bytes of plane p, 4 steps of 4.
+inline __m128i plane_of(__m512i integers, int64_t p, int64_t planes) {
+  return _mm512_cvtepi32_epi8(_mm512_srli_epi32(integers, static_cast<unsigned>(8 * (planes - 1 - p))));
+}
+
+void pack(const void* x, DType dtype, int64_t in_features, Int8Group& group) {
+  Rounding rounding[kGroupTokens];
+  group.planes = 1;
+  for (int64_t t = 0; t < group.tokens; ++t) {
+    rounding[t] = rounding_of_token(x, dtype, (group.first_token + t) * in_features, in_features);
+    group.scale[t] = rounding[t].scale;
+    group.planes = rounding[t].planes > group.planes ? rounding[t].planes : group.planes;
+  }
+  const int64_t rows = byte_rows(group.tokens * group.planes);
+  const __m512i offset = _mm512_set1_epi32(1 << (8 * group.planes - 1));
+  for (int64_t t = 0; t < group.tokens; ++t) {
+    const __m512 factor = _mm512_set1_ps(rounding[t].factor);
+    const __m512i most = _mm512_set1_epi32((1 << (8 * rounding[t].planes - 1)) - 1);
+    const int64_t first = (group.first_token + t) * in_features;
+    uint8_t* target = group.rows + t * group.planes * kStepInputs;
+    for (int64_t i = 0; i < (in_features + kInt8BlockInputs - 1) / kInt8BlockInputs * kInt8BlockInputs; i += 16) {
+      const __m512 wide = load_as(x, dtype, first + i, first_lanes(in_features - i));
+      const __m512i integers =
+          _mm512_add_epi32(_mm512_min_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(wide, factor)), most), offset);
+      for (int64_t p = 0; p < group.planes; ++p, target += kStepInputs) {
+        const __m128i bytes = plane_of(integers, p, group.planes);
+        alignas(16) uint32_t steps[4];
+        _mm_store_si128(reinterpret_cast<__m128i*>(steps), bytes);
+        for (int64_t s = 0; s < 4; ++s) __builtin_memcpy(target + s * rows * kStepInputs, &steps[s], 4);
+      }
+      target += 4 * rows * kStepInputs - group.planes * kStepInputs;
+    }
+  }
+  for (int64_t row = group.tokens * group.planes; row < rows; ++row) {
+    uint8_t* target = group.rows + row * kStepInputs;
+    for (int64_t step = 0; step < (in_features + kInt8BlockInputs - 1) / kInt8BlockInputs * kBlockMasks; ++step) {
+      __builtin_memset(target + step * rows * kStepInputs, 0, kStepInputs);
+    }
+  }
+}
+
+struct Panel {
+  const uint64_t* masks;
+  const int8_t* values;
+  const int8_t* end;
+  const float* scales;
+  int64_t steps;
+  int64_t row;
+  __mmask16 rows;
+
+  Panel(const BitmapInt8Weight& weight, int64_t panel)
+      : masks(weight.masks + panel * block_count(weight) * kBlockMasks),
+        values(weight.values + weight.panel_offsets[panel]),
+        end(weight.values + weight.panel_offsets[panel + 1]),
+        scales(weight.scales + panel * scale_groups(weight) * kPanelRows),
+        steps(block_count(weight) * kBlockMasks),
+        row(panel * kPanelRows),
+        rows(first_lanes(weight.out_features - row)) {}
+};
+
+// The steps of a group of inputs, in parts whose sums fit into 32 bits.
+struct Segment {
+  int64_t first, end;
+  const float* scale;  // [kPanelRows]
+};
+
+template <class Function>
+void each_segment(const BitmapInt8Weight& weight, const Panel& panel, Function&& function) {
+  const int64_t group_steps = weight.group_size / kStepInputs;
+  const int64_t longest = kMostSummed / kStepInputs;
+  for (int64_t first = 0; first < panel.steps;) {
+    const int64_t group = first / group_steps;
+    int64_t end = (group + 1) * group_steps;
+    end = end < panel.steps ? end : panel.steps;
+    end = end < first + longest ? end : first + longest;
+    function(Segment{first, end, panel.scales + group * kPanelRows});
+    first = end;
+  }
+}
+
+// The sum of a token's rows of bytes: exact in double, so that it does not depend on the planes of its neighbours.
+inline __m512 combine(const __m512i* sums, int64_t planes, __m512i weights) {
+  const __m512i signed_digit = _mm512_sub_epi32(sums[0], _mm512_slli_epi32(weights, 7));
+  __m512d low = _mm512_cvtepi32_pd(_mm512_castsi512_si256(signed_digit));
+  __m512d high = _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(signed_digit, 1));
+  for (int64_t p = 1; p < planes; ++p) {
+    const __m512d base = _mm512_set1_pd(256.0);
+    low = _mm512_fmadd_pd(low, base, _mm512_cvtepi32_pd(_mm512_castsi512_si256(sums[p])));
+    high = _mm512_fmadd_pd(high, base, _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(sums[p], 1)));
+  }
+  return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(low)), _mm512_cvtpd_ps(high), 1);
+}
+
+template <int size>
+struct Rows {
+  static constexpr int kSize = size;
+};
+
+// Calls function with the number of rows of bytes as a compile-time number.
+template <class Function>
+void with_rows(int64_t rows, Function&& function) {
+  switch (rows) {
+    case 2: return function(Rows<2>{});
+    case 3: return function(Rows<3>{});
+    case 4: return function(Rows<4>{});
+    case 6: return function(Rows<6>{});
+    case 8: return function(Rows<8>{});
+    case 12: return function(Rows<12>{});
+    case 16: return function(Rows<16>{});
+    default: return function(Rows<kMostByteRows>{});
+  }
+}
+
+// One group of tokens: the expanded weights go from the register straight into the sums.
+template <int kRows>
+void panel_direct(const BitmapInt8Weight& weight, const Panel& panel, const Int8Group& group, const void* bias, void* y) {
+  // a lone sum would wait for itself: a product takes four cycles
+  constexpr int kChains = kRows <= 4 ? 4 : kRows <= 8 ? 2 : 1;
+  static_assert(kChains <= kGuardMasks, "see kTailBytes");
+  const __m512i ones = _mm512_set1_epi8(1);
+  __m512 totals[kGroupTokens];
+  for (auto& total : totals) total = _mm512_setzero_ps();
+  const int8_t* values = panel.values;
+  const uint8_t* x = group.rows;
+  each_segment(weight, panel, [&](const Segment& segment) {
+    __m512i sums[kChains][kRows], weights[kChains];
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains; ++c) {
+      weights[c] = _mm512_setzero_si512();
+#pragma GCC unroll 24
+      for (auto& sum : sums[c]) sum = _mm512_setzero_si512();
+    }
+    const uint64_t* masks = panel.masks + segment.first;
+    for (int64_t step = segment.first; step < segment.end; step += kGuardMasks) {
+      prefetch(masks);
+      values = values < panel.end ? values : panel.end;
+#pragma GCC unroll 4
+      for (int64_t s = 0; s < kGuardMasks; ++s) {
+        const int c = static_cast<int>(s % kChains);
+        const uint64_t mask = *masks++;
+        // two steps of a weight at 50 % are a cache line
+        if (s % 2 == 0) prefetch(values);
+        const __m512i w = expand_step(mask, values);
+        values += __builtin_popcountll(mask);
+        weights[c] = dot(weights[c], ones, w);
+#pragma GCC unroll 24
+        for (int r = 0; r < kRows; ++r) sums[c][r] = dot(sums[c][r], broadcast(x + r * kStepInputs), w);
+        x += kRows * kStepInputs;
+      }
+    }
+#pragma GCC unroll 4
+    for (int c = 1; c < kChains; ++c) {
+      weights[0] = _mm512_add_epi32(weights[0], weights[c]);
+#pragma GCC unroll 24
+      for (int r = 0; r < kRows; ++r) sums[0][r] = _mm512_add_epi32(sums[0][r], sums[c][r]);
+    }
+    const __m512 scale = _mm512_loadu_ps(segment.scale);
+    for (int64_t t = 0; t < group.tokens; ++t) {
+      totals[t] = _mm512_fmadd_ps(combine(sums[0] + t * group.planes, group.planes, weights[0]), scale, totals[t]);
+    }
+  });
+  const __m512 b = bias != nullptr ? load_as(bias, weight.dtype, panel.row, panel.rows) : _mm512_setzero_ps();
+  for (int64_t t = 0; t < group.tokens; ++t) {
+    const __m512 result = _mm512_fmadd_ps(totals[t], _mm512_set1_ps(group.scale[t]), b);
+    store_as(y, weight.dtype, (group.first_token + t) * weight.out_features + panel.row, result, panel.rows);
+  }
+}
+
+// Adds what `count` expanded steps contribute to sums [kRows, kPanelRows].
+template <int kRows>
+void multiply(const __m512i* tiles, int64_t count, const uint8_t* x, __m512i* totals) {
+  __m512i sums[kRows];
+#pragma GCC unroll 24
+  for (int r = 0; r < kRows; ++r) sums[r] = totals[r];
+  for (int64_t q = 0; q < count; ++q) {
+    const __m512i w = tiles[q];
+#pragma GCC unroll 24
+    for (int r = 0; r < kRows; ++r) sums[r] = dot(sums[r], broadcast(x + r * kStepInputs), w);
+    x += kRows * kStepInputs;
+  }
+#pragma GCC unroll 24
+  for (int r = 0; r < kRows; ++r) totals[r] = sums[r];
+}
+
+// More tokens than registers: a chunk of the panel is expanded into L1 and multiplied with group after group.
+void panel_wide(const BitmapInt8Weight& weight, const Panel& panel, const Int8Group* groups, int64_t count,
+                const void* bias, void* y) {
+  alignas(64) __m512i tiles[kChunkSteps];
+  __m512i sums[kWideGroups][kMostByteRows];
+  __m512 totals[kWideGroups][kGroupTokens];
+  for (auto& group : totals) {
+    for (auto& total : group) total = _mm512_setzero_ps();
+  }
+  const __m512i ones = _mm512_set1_epi8(1);
+  const int8_t* values = panel.values;
+  each_segment(weight, panel, [&](const Segment& segment) {
+    for (int64_t g = 0; g < count; ++g) {
+      for (auto& sum : sums[g]) sum = _mm512_setzero_si512();
+    }
+    __m512i weights = _mm512_setzero_si512();
+    for (int64_t first = segment.first; first < segment.end; first += kChunkSteps) {
+      const int64_t steps = segment.end - first < kChunkSteps ? segment.end - first : kChunkSteps;
+      for (int64_t q = 0; q < steps; ++q) {
+        if (q % kGuardMasks == 0) values = values < panel.end ? values : panel.end;
+        const uint64_t mask = panel.masks[first + q];
+        prefetch(panel.masks + first + q);
+        prefetch(values);
+        tiles[q] = expand_step(mask, values);
+        values += __builtin_popcountll(mask);
+        weights = dot(weights, ones, tiles[q]);
+      }
+      for (int64_t g = 0; g < count; ++g) {
+        with_rows(byte_rows(groups[g].tokens * groups[g].planes), [&](auto known) {
+          constexpr int kRows = decltype(known)::kSize;
+          multiply<kRows>(tiles, steps, groups[g].rows + first * kRows * kStepInputs, sums[g]);
+        });
+      }
+    }
+    const __m512 scale = _mm512_loadu_ps(segment.scale);
+    for (int64_t g = 0; g < count; ++g) {
+      for (int64_t t = 0; t < groups[g].tokens; ++t) {
+        const __m512 sum = combine(sums[g] + t * groups[g].planes, groups[g].planes, weights);
+        totals[g][t] = _mm512_fmadd_ps(sum, scale, totals[g][t]);
+      }
+    }
+  });
+  const __m512 b = bias != nullptr ? load_as(bias, weight.dtype, panel.row, panel.rows) : _mm512_setzero_ps();
+  for (int64_t g = 0; g < count; ++g) {
+    for (int64_t t = 0; t < groups[g].tokens; ++t) {
+      const __m512 result = _mm512_fmadd_ps(totals[g][t], _mm512_set1_ps(groups[g].scale[t]), b);
+      store_as(y, weight.dtype, (groups[g].first_token + t) * weight.out_features + panel.row, result, panel.rows);
+    }
+  }
+}
+
+void linear(const BitmapInt8Weight& weight, const Int8Group* groups, int64_t count, const void* bias, void* y,
+            int64_t first_panel, int64_t end_panel) {
+  if (count == 1) {
+    with_rows(byte_rows(groups->tokens * groups->planes), [&](auto known) {
+      constexpr int kRows = decltype(known)::kSize;
+      for (int64_t p = first_panel; p < end_panel; ++p) {
+        panel_direct<kRows>(weight, Panel(weight, p), *groups, bias, y);
+      }
+    });
+    return;
+  }
+  // tokens outside, panels inside: the x of 64 tokens stays in L2, and the weight is expanded once for all of them
+  for (int64_t group = 0; group < count; group += kWideGroups) {
+    const int64_t here = count - group < kWideGroups ? count - group : kWideGroups;
+    for (int64_t p = first_panel; p < end_panel; ++p) {
+      panel_wide(weight, Panel(weight, p), groups + group, here, bias, y);
+    }
+  }
+}
+
+void expand(const BitmapInt8Weight& weight, void* dense, int64_t first_panel, int64_t end_panel) {
+  auto* target = static_cast<char*>(dense);
+  for (int64_t p = first_panel; p < end_panel; ++p) {
+    const Panel panel(weight, p);
+    const int64_t rows = __builtin_popcount(panel.rows);
+    const int8_t* values = panel.values;
+    for (int64_t first = 0; first < panel.steps; first += kBlockMasks) {
+      alignas(64) int8_t tiles[kBlockMasks][kPanelRows][kStepInputs];
+      for (int64_t q = 0; q < kBlockMasks; ++q) {
+        if (q % kGuardMasks == 0) values = values < panel.end ? values : panel.end;
+        const uint64_t mask = panel.masks[first + q];
+        _mm512_store_si512(tiles[q], expand_step(mask, values));
+        values += __builtin_popcountll(mask);
+      }
+      const int64_t input = first * kStepInputs;
+      const float* scale = panel.scales + input / weight.group_size * kPanelRows;
+      for (int64_t r = 0; r < rows; ++r) {
+        const __m512 s = _mm512_set1_ps(scale[r]);
+        for (int64_t i = 0; i < kInt8BlockInputs && input + i < weight.in_features; i += 16) {
+          alignas(16) int8_t integers[16];
+          for (int64_t step = 0; step < 4; ++step) {
+            __builtin_memcpy(integers + step * kStepInputs, tiles[i / kStepInputs + step][r], kStepInputs);
+          }
+          const __m128i narrow = _mm_load_si128(reinterpret_cast<const __m128i*>(integers));
+          // no -0.0
+          const __m512 wide =
+              _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(narrow)), s, _mm512_setzero_ps());
+          store_as(target, weight.dtype, r * weight.in_features + input + i, wide,
+                   first_lanes(weight.in_features - input - i));
+        }
+      }
+    }
+    target += rows * weight.in_features * value_bytes(weight.dtype);
+  }
+}
+
+}  // namespace
+
+const LinearBitmapInt8Panels kLinearBitmapInt8Avx512 = {pack, linear, expand};
+
+}  // namespace sparsekern
+
+#endif
