@@ -22,6 +22,23 @@ constexpr int64_t kChunkTiles = kChunkInputs / kTileInputs;
 constexpr int64_t kChunkValues = kPanelRows * kChunkInputs / 2;
 constexpr int64_t kChunkWords = 32 * 4;  // of metadata
 
+// linear_24: y[t, o] = sum_i x[t, i] W[o, i] + bias[o], W 2:4 in the order above, 0 to kLinear24Tokens tokens.
+//   x          [tokens, in_features], in_features a multiple of 4; any alignment, fastest on 16 bytes with in_features a
+//              multiple of 8
+//   bias       [out_features] or null
+//   y          [tokens, out_features], every element written
+//   workspace  as many bytes as linear_24_workspace says for the current device, on 16 bytes; no other launch may use it
+//              meanwhile; null where that is 0
+// Accumulates in float32, the same bits every time. Inputs at pruned positions are not multiplied. Needs sm_80 or newer.
+constexpr int64_t kLinear24Tokens = 64;
+
+cudaError_t linear_24_workspace(int64_t tokens, int64_t out_features, int64_t in_features, int64_t* bytes);
+cudaError_t linear_24(const __nv_bfloat16* x, const __nv_bfloat16* values, const uint32_t* metadata,
+                      const __nv_bfloat16* bias, __nv_bfloat16* y, void* workspace, int64_t tokens,
+                      int64_t out_features, int64_t in_features, cudaStream_t stream);
+cudaError_t linear_24(const __half* x, const __half* values, const uint32_t* metadata, const __half* bias, __half* y,
+                      void* workspace, int64_t tokens, int64_t out_features, int64_t in_features, cudaStream_t stream);
+
 // linear_bitmap: y[t, o] = sum_i x[t, i] W[o, i] + bias[o], W as formats/bitmap.py saves it.
 //   x            [tokens, in_features]
 //   values       [kept], the kept weights row by row

@@ -2,17 +2,29 @@
 
 `prepare` turns the packed weight into the tensors that a kernel reads, once; `restore` gives it back bit for bit.
 
-There is no kernel of its own yet: linear_bitmap's serve, for a bitmap takes the same bytes but for 8 a row. In a group
-that keeps fewer than two weights `restore` puts the zeros where SemiStructured.pack does.
+On a card the weight is kept in the order of the tensor cores' mma.sp (fragments_24.py), 9/16 of the dense bytes and a
+little more where in_features is no multiple of 256 or out_features none of 16. Up to `_DECODE_TOKENS` tokens one kernel
+reads it once. It multiplies what is kept and nothing else: NaN and inf in x at a pruned input do not reach the output,
+but for groups that keep fewer than two weights, whose zeros are multiplied as weights are.
+
+Elsewhere linear_bitmap's kernels serve, for a bitmap takes the same bytes but for 8 a row. In a group that keeps fewer
+than two weights `restore` puts the zeros where SemiStructured.pack does.
+
+The gradient of x is g W, with the dense weight W, which is built for it and freed. The packed weight has none.
 """
 
+import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from sparsekern.formats import Bitmap, SemiStructured
-from sparsekern.ops import bitmap_rows, cusparselt, linear_bitmap
+from sparsekern.ops import bitmap_rows, compiled, cusparselt, fragments_24, linear_bitmap
 from sparsekern.ops.bitmap_panels import from_panels, to_panels
 from sparsekern.ops.kernel import Kernel, never_refuses
+
+_CUDA_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+# the most that the CUDA kernel takes at once: kLinear24Tokens of csrc/cuda/ops.h
+_DECODE_TOKENS = 64
 
 
 def reference(x: Tensor, packed: SemiStructured, bias: Tensor | None) -> Tensor:
@@ -65,10 +77,112 @@ def _run(x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, out_featu
     return reference(x, SemiStructured(*operands, in_features), bias)
 
 
+def _decode(x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, y: Tensor) -> None:
+    """Write y [tokens, out_features] from x [tokens, in_features], both contiguous, 0 to _DECODE_TOKENS tokens."""
+    values, metadata = operands
+    (tokens, in_features), out_features = x.shape, y.shape[1]
+    module = compiled.cuda()
+    # a launch goes to the current device
+    with torch.cuda.device(x.device):
+        # a new one for each call: launches on two streams must not meet in it
+        workspace = x.new_empty(module.linear_24_workspace(tokens, out_features, in_features), dtype=torch.uint8)
+        getattr(module, f"linear_24_{_CUDA_NAMES[values.dtype]}")(
+            x=x.data_ptr(),
+            x_size=x.numel(),
+            values=values.data_ptr(),
+            values_size=values.numel(),
+            metadata=metadata.data_ptr(),
+            metadata_size=metadata.numel(),
+            bias=0 if bias is None else bias.data_ptr(),
+            bias_size=0 if bias is None else bias.numel(),
+            y=y.data_ptr(),
+            y_size=y.numel(),
+            workspace=workspace.data_ptr(),
+            workspace_size=workspace.numel(),
+            tokens=tokens,
+            out_features=out_features,
+            in_features=in_features,
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+
+
+def _linear_24_cuda(
+    x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, out_features: int, in_features: int
+) -> Tensor:
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x must end with in_features = {in_features}, got shape {list(x.shape)}")
+    for name, tensor in (("x", x), ("bias", bias)):
+        if tensor is not None and (tensor.dtype, tensor.device) != (values.dtype, values.device):
+            raise ValueError(
+                f"{name} must be {values.dtype} on {values.device} as the weight is, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+    tokens = x.shape[:-1].numel()
+    if tokens > _DECODE_TOKENS:
+        return linear(x, dense_cuda((values, metadata), out_features, in_features), bias)
+    # not a view: autograd lets nobody write to one that an op has returned
+    y = x.new_empty(*x.shape[:-1], out_features)
+    bias = None if bias is None else bias.contiguous()
+    _decode(x.reshape(tokens, in_features).contiguous(), (values, metadata), bias, y.view(tokens, out_features))
+    return y
+
+
+def _linear_24_cuda_fake(
+    x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, out_features: int, in_features: int
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def _keep_cuda(ctx, inputs: tuple, output: Tensor) -> None:
+    _, values, metadata, _, *ctx.sizes = inputs
+    ctx.save_for_backward(values, metadata)
+
+
+def _backward_cuda(ctx, g: Tensor) -> tuple:
+    gx = g @ dense_cuda(ctx.saved_tensors, *ctx.sizes) if ctx.needs_input_grad[0] else None
+    gb = g.sum_to_size(g.shape[-1]) if ctx.needs_input_grad[3] else None
+    return gx, None, None, gb, None, None
+
+
+_LIBRARY = torch.library.Library("sparsekern", "FRAGMENT")
+_LIBRARY.define(
+    "linear_24_cuda(Tensor x, Tensor values, Tensor metadata, Tensor? bias, int out_features, int in_features) "
+    "-> Tensor"
+)
+_LIBRARY.impl("linear_24_cuda", _linear_24_cuda, "CUDA")
+torch.library.register_fake("sparsekern::linear_24_cuda", _linear_24_cuda_fake, lib=_LIBRARY)
+torch.library.register_autograd("sparsekern::linear_24_cuda", _backward_cuda, setup_context=_keep_cuda, lib=_LIBRARY)
+
+
+def run_cuda(
+    x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, out_features: int, in_features: int
+) -> Tensor:
+    """y [..., out_features] by the tensor cores, from what fragments_24 has made."""
+    return torch.ops.sparsekern.linear_24_cuda(x, *operands, bias, out_features, in_features)
+
+
+def dense_cuda(operands: tuple[Tensor, ...], out_features: int, in_features: int) -> Tensor:
+    """The dense weight of what the CUDA kernel reads."""
+    return fragments_24.reference_inverse(operands, out_features, in_features).to_dense()
+
+
+def cuda_refuses(packed: SemiStructured) -> str | None:
+    """Why run_cuda cannot serve a weight; None: it can."""
+    if packed.device.type != "cuda":
+        return f"the weight must be on a CUDA device, got {packed.device}"
+    if packed.dtype not in _CUDA_NAMES:
+        return f"the weight must be bfloat16 or float16, got {packed.dtype}"
+    major, minor = torch.cuda.get_device_capability(packed.device)
+    if major < 8:
+        return f"the card must have compute capability 8.0 or more, got {major}.{minor}"
+    return compiled.why_not("cuda")
+
+
 KERNELS = (
     Kernel("cpu", linear_bitmap.run_cpu, linear_bitmap.cpu_refuses, _to_panels, _from_panels, linear_bitmap.dense_cpu),
+    Kernel("cuda", run_cuda, cuda_refuses, fragments_24.reference, fragments_24.reference_inverse, dense_cuda),
     Kernel(
-        "cuda",
+        "cuda_bitmap",
         linear_bitmap.run_cuda,
         linear_bitmap.cuda_refuses,
         _to_rows,

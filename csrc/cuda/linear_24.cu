@@ -1,0 +1,371 @@
+// linear_24, 1 to 64 tokens: the weight streams through the tensor cores once, at the speed of memory.
+//
+// y^T = W x^T + bias by mma.sp.m16n8k32: outputs are its rows and tokens its columns, so that 8 tokens cost what one does.
+// A warp multiplies chunks of 16 outputs x 256 inputs: nine 16-byte loads a lane, all under way at once, go straight to
+// the registers that mma.sp reads. A block has warps_m x warps_k warps: the former share x, each with 16 outputs of its
+// own, the latter share the outputs, each with every warps_k-th chunk. Their sums meet in shared memory, in a fixed order.
+// Where that leaves multiprocessors idle, `splits` blocks share the chunks of the same outputs; the last one to come adds
+// what they left in `workspace`, again in a fixed order: the same bits every time.
+//
+// x comes in chunks of 256 inputs, row by row, 16 bytes apart from a multiple of 512, where ldmatrix finds B fragments
+// without bank conflicts. It is waited for while the weight is under way. Inputs past the last one are zeros in both.
+//
+// Bytes: 4608 a chunk of 4096 weights (1.125 a dense element, 0.5625 of dense bf16), read once, and 512 of x for each
+// token and warps_m chunks, from L2. An H200 needs latency x bandwidth = 0.8 us x 4.3 TB/s / 132 = 26 KB under way on each
+// multiprocessor: six warps' chunks; two blocks of 16 warps have 147 KB, three of 8 have 110 KB.
+
+#include <algorithm>
+#include <cstddef>
+
+#include "ops.h"
+#include "ptx.cuh"
+
+namespace sparsekern::cuda {
+namespace {
+
+constexpr int kTileTokens = 8;
+constexpr int kRowBytes = kChunkInputs * 2 + 16;  // of x in shared memory
+constexpr int kPieceInputs = 8;                   // 16 bytes
+constexpr int kSelectors = 2;                     // tiles whose positions share a register
+constexpr int kResultFloats = 32 * 4;             // a warp's sums of 16 outputs x 8 tokens
+
+// Warps of a block, and blocks that a multiprocessor must have room for: 64, 80 or 128 registers a thread.
+constexpr int max_warps(int token_tiles) { return token_tiles == 1 ? 16 : 8; }
+constexpr int resident_blocks(int token_tiles) { return token_tiles == 2 || token_tiles == 4 ? 3 : 2; }
+
+__device__ inline float to_float(__half value) { return __half2float(value); }
+__device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+__device__ inline void store(__half* to, float value) { *to = __float2half_rn(value); }
+__device__ inline void store(__nv_bfloat16* to, float value) { *to = __float2bfloat16_rn(value); }
+
+// How the work is divided, worked out once on the host: a block's first instructions are on the way of its first load.
+struct Work {
+  int64_t out_features;
+  int in_features, tokens, panels, chunks;
+  int warps_m_log2, warps_k;
+  int splits, split_chunks;  // blocks that share outputs, and chunks of each; the last have fewer
+};
+
+// What a lane holds of a chunk.
+struct Weights {
+  uint32_t values[kChunkTiles][4];
+  uint32_t metadata[4];
+};
+
+template <typename Value>
+__device__ __forceinline__ void load_weights(Weights& weights, const Value* values, const uint32_t* metadata,
+                                             int64_t chunk, int lane) {
+  const Value* values_read = values + chunk * kChunkValues + lane * 8;
+#pragma unroll
+  for (int tile = 0; tile < kChunkTiles; ++tile) {
+    ptx::load_once(weights.values[tile], values_read + tile * (kChunkValues / kChunkTiles));
+  }
+  ptx::load_once(weights.metadata, metadata + chunk * kChunkWords + lane * 4);
+}
+
+// Rows first_row, first_row + row_step ... of the chunk of x that starts at `input`; a lane has a piece of each.
+template <typename Value>
+__device__ __forceinline__ void copy_x(unsigned char* x_smem, const Value* x, int input, int tokens, int in_features,
+                                       int first_row, int row_step, int lane) {
+  input += lane * kPieceInputs;
+  const int there = max(min(in_features - input, kPieceInputs), 0);
+  const Value* x_read = x + static_cast<int64_t>(first_row) * in_features + (there > 0 ? input : 0);
+  const int64_t step = static_cast<int64_t>(row_step) * in_features;
+  unsigned char* x_smem_write = x_smem + first_row * kRowBytes + lane * 16;
+  // cp.async moves 16 bytes between multiples of 16
+  const bool aligned = (reinterpret_cast<uintptr_t>(x) | in_features * sizeof(Value)) % 16 == 0;
+  if (aligned) {
+#pragma unroll 1
+    for (int row = first_row; row < tokens; row += row_step) {
+      ptx::cp_async_16(x_smem_write, x_read, there * static_cast<int>(sizeof(Value)));
+      x_smem_write += row_step * kRowBytes;
+      x_read += step;
+    }
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+    return;
+  }
+#pragma unroll 1
+  for (int row = first_row; row < tokens; row += row_step) {
+    const auto* from = reinterpret_cast<const uint16_t*>(x_read);
+    auto* to = reinterpret_cast<uint16_t*>(x_smem_write);
+#pragma unroll 1
+    for (int i = 0; i < kPieceInputs; ++i) to[i] = i < there ? from[i] : uint16_t{0};
+    x_smem_write += row_step * kRowBytes;
+    x_read += step;
+  }
+}
+
+// sums += one tile of 16 outputs x 32 inputs times x
+template <typename Value, int kTokenTiles, int kSelector>
+__device__ __forceinline__ void multiply_tile(float (&sums)[kTokenTiles][4], const uint32_t (&values)[4],
+                                              uint32_t metadata, const unsigned char* x_smem_read, int token_tiles) {
+#pragma unroll
+  for (int n = 0; n < kTokenTiles; ++n) {
+    if (n > 0 && n >= token_tiles) break;
+    uint32_t x_reg[4];
+    ptx::ldmatrix(x_reg, x_smem_read + n * (kTileTokens * kRowBytes));
+    ptx::mma_sp_m16n8k32<Value, kSelector>(sums[n], values, x_reg, metadata);
+  }
+}
+
+template <typename Value, int kTokenTiles>
+__global__ void __launch_bounds__(32 * max_warps(kTokenTiles), resident_blocks(kTokenTiles)) linear_24_kernel(
+    const Value* __restrict__ x,            // [tokens, in_features]
+    const Value* __restrict__ values,       // [panels, chunks, kChunkValues]
+    const uint32_t* __restrict__ metadata,  // [panels, chunks, kChunkWords]
+    const Value* __restrict__ bias,         // [out_features] or null
+    Value* __restrict__ y,                  // [tokens, out_features]
+    float4* __restrict__ partial,           // [splits, gridDim.x, warps_m, kTokenTiles, 32 lanes], where splits > 1
+    unsigned* __restrict__ arrived,         // [gridDim.x] zero before and after, where splits > 1
+    Work work) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int warps_m = 1 << work.warps_m_log2;
+  const int warp_m = warp & (warps_m - 1), warp_k = warp >> work.warps_m_log2;
+  const int end = min((static_cast<int>(blockIdx.y) + 1) * work.split_chunks, work.chunks);
+  int chunk = blockIdx.y * work.split_chunks + warp_k;
+
+  // past the last panel: the last one again, never stored
+  const int panel = min((static_cast<int>(blockIdx.x) << work.warps_m_log2) + warp_m, work.panels - 1);
+  const int first_chunk = panel * work.chunks;  // of the panel, in the weight
+  Weights weights;
+  if (chunk < end) load_weights(weights, values, metadata, first_chunk + chunk, lane);
+
+  // fewer than 8 tokens have as many rows, a lane without one reads the last; more have all rows, some never written:
+  // what stands there reaches only columns that are never stored
+  const int tokens = work.tokens, token_tiles = (tokens + kTileTokens - 1) / kTileTokens;
+  const int rows = tokens < kTileTokens ? tokens : token_tiles * kTileTokens;
+  unsigned char* x_smem = ptx::shared_memory() + warp_k * rows * kRowBytes;
+  const unsigned char* x_smem_read = x_smem + min(lane % 8, rows - 1) * kRowBytes + lane / 8 * 16;
+
+  const auto meet_slot = [&] {
+    if (warps_m == 1) {
+      __syncwarp();
+    } else {
+      ptx::barrier(1 + warp_k, 32 * warps_m);
+    }
+  };
+
+  float sums[kTokenTiles][4] = {};
+  while (chunk < end) {
+    copy_x(x_smem, x, chunk * static_cast<int>(kChunkInputs), tokens, work.in_features, warp_m, warps_m, lane);
+    meet_slot();
+#pragma unroll
+    for (int tile = 0; tile < kChunkTiles; tile += kSelectors) {
+      const uint32_t word = weights.metadata[tile / kSelectors];
+      const unsigned char* tile_read = x_smem_read + tile * (kTileInputs * 2);
+      multiply_tile<Value, kTokenTiles, 0>(sums, weights.values[tile], word, tile_read, token_tiles);
+      multiply_tile<Value, kTokenTiles, 1>(sums, weights.values[tile + 1], word, tile_read + kTileInputs * 2,
+                                           token_tiles);
+    }
+    chunk += work.warps_k;
+    if (chunk < end) load_weights(weights, values, metadata, first_chunk + chunk, lane);
+    // x is not read any more
+    meet_slot();
+  }
+
+  // the sums of all warps: [warps_k, warps_m, kTokenTiles, 32 lanes]
+  auto* sums_smem = reinterpret_cast<float4*>(ptx::shared_memory());
+  __syncthreads();
+#pragma unroll
+  for (int n = 0; n < kTokenTiles; ++n) {
+    sums_smem[(warp * kTokenTiles + n) * 32 + lane] = make_float4(sums[n][0], sums[n][1], sums[n][2], sums[n][3]);
+  }
+  __syncthreads();
+
+  const int results = warps_m * kTokenTiles * 32;
+  const auto sum_of = [&](const float4* parts, int64_t count, int64_t stride, int i) {
+    float4 sum = parts[i];
+    for (int64_t k = 1; k < count; ++k) {
+      const float4 part = parts[k * stride + i];
+      sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
+    }
+    return sum;
+  };
+  const auto store_y = [&](float4 sum, int i) {
+    const int n = i / 32 % kTokenTiles;
+    const int64_t first_out =
+        ((static_cast<int64_t>(blockIdx.x) << work.warps_m_log2) + i / (32 * kTokenTiles)) * kPanelRows;
+    const float parts[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int64_t out = first_out + i % 32 / 4 + j / 2 * 8;
+      const int token = n * kTileTokens + i % 4 * 2 + j % 2;
+      if (out >= work.out_features || token >= tokens) continue;
+      store(y + token * work.out_features + out, parts[j] + (bias == nullptr ? 0.0f : to_float(bias[out])));
+    }
+  };
+
+  if (work.splits == 1) {
+    for (int i = threadIdx.x; i < results; i += blockDim.x) store_y(sum_of(sums_smem, work.warps_k, results, i), i);
+    return;
+  }
+  const int64_t split_stride = static_cast<int64_t>(gridDim.x) * results;
+  partial += static_cast<int64_t>(blockIdx.x) * results;
+  for (int i = threadIdx.x; i < results; i += blockDim.x) {
+    partial[blockIdx.y * split_stride + i] = sum_of(sums_smem, work.warps_k, results, i);
+  }
+  __threadfence();
+  __syncthreads();
+  auto* is_last = reinterpret_cast<bool*>(ptx::shared_memory());
+  // the count goes back to zero by itself
+  if (threadIdx.x == 0) *is_last = atomicInc(arrived + blockIdx.x, work.splits - 1) == work.splits - 1u;
+  __syncthreads();
+  if (!*is_last) return;
+  __threadfence();
+  for (int i = threadIdx.x; i < results; i += blockDim.x) store_y(sum_of(partial, work.splits, split_stride, i), i);
+}
+
+// Warps of a block and blocks that share outputs.
+struct Division {
+  int warps_m_log2, warps_k, splits;
+
+  int64_t groups(int64_t panels) const { return (panels + (1 << warps_m_log2) - 1) >> warps_m_log2; }
+  int warps() const { return warps_k << warps_m_log2; }
+};
+
+struct Card {
+  int multiprocessors, shared_bytes_per_block, shared_bytes_per_multiprocessor;
+};
+
+cudaError_t this_card(Card& card) {
+  int device;
+  cudaError_t error = cudaGetDevice(&device);
+  const auto read = [&](int& value, cudaDeviceAttr attribute) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, device);
+  };
+  read(card.multiprocessors, cudaDevAttrMultiProcessorCount);
+  read(card.shared_bytes_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  read(card.shared_bytes_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  return error;
+}
+
+constexpr int token_tiles_of(int64_t tokens) { return tokens <= 8 ? 1 : tokens <= 16 ? 2 : tokens <= 32 ? 4 : 8; }
+
+int64_t shared_bytes(const Division& division, int64_t tokens) {
+  const int64_t rows = tokens < kTileTokens ? tokens : (tokens + kTileTokens - 1) / kTileTokens * kTileTokens;
+  const int64_t x_bytes = division.warps_k * rows * kRowBytes;
+  const int64_t sums_bytes = int64_t{4} * kResultFloats * division.warps() * token_tiles_of(tokens);
+  return std::max(x_bytes, sums_bytes);
+}
+
+int64_t partial_bytes(const Division& division, int64_t tokens, int64_t panels) {
+  if (division.splits == 1) return 0;
+  const int64_t warps = division.groups(panels) << division.warps_m_log2;
+  return division.splits * warps * token_tiles_of(tokens) * kResultFloats * int64_t{4};
+}
+
+// The time that a division is expected to take, from the rates of an H200 for each of its multiprocessors. They are
+// leads, and decide only between divisions that all give the right result.
+double expected_us(const Division& division, const Card& card, int64_t tokens, int64_t panels, int64_t chunks) {
+  constexpr double kMemoryBytesPerUs = 32.6e3, kL2BytesPerUs = 42e3, kLatencyUs = 1.2, kSplitUs = 2.0;
+  const int64_t groups = division.groups(panels);
+  const int64_t blocks = groups * division.splits;
+  const int64_t block_chunks = (chunks + division.splits - 1) / division.splits;
+  const int64_t room = std::min<int64_t>(resident_blocks(token_tiles_of(tokens)),
+                           card.shared_bytes_per_multiprocessor / (shared_bytes(division, tokens) + 1024));
+  const int64_t at_once = card.multiprocessors * room;
+  const double weight_bytes = static_cast<double>(panels * chunks) * (kChunkValues * 2 + kChunkWords * 4);
+  const double x_bytes = static_cast<double>(groups * chunks) * tokens * (kChunkInputs * 2);
+  const double partials = 2.0 * partial_bytes(division, tokens, panels);
+  const double memory_us = weight_bytes / (card.multiprocessors * kMemoryBytesPerUs);
+  const double l2_us = (weight_bytes + x_bytes + partials) / (std::min<int64_t>(blocks, card.multiprocessors) * kL2BytesPerUs);
+  const double rounds = static_cast<double>((blocks + at_once - 1) / at_once) *
+                        ((block_chunks + division.warps_k - 1) / division.warps_k);
+  // what is under way hides latency: rounds count where there is too little of it
+  return std::max(std::max(memory_us, l2_us), rounds * kLatencyUs) + (division.splits > 1 ? kSplitUs : 0.0);
+}
+
+Division divide(const Card& card, int64_t tokens, int64_t panels, int64_t chunks) {
+  const int warps = max_warps(token_tiles_of(tokens));
+  Division best{0, 1, 1};
+  double best_us = -1.0;
+  for (int splits = 1; splits <= 8 && splits <= chunks; splits *= 2) {
+    for (int warps_m_log2 = 0; warps_m_log2 <= 3 && int64_t{1} << warps_m_log2 <= panels; ++warps_m_log2) {
+      for (int warps_k = 1; warps_k << warps_m_log2 <= warps; warps_k *= 2) {
+        const Division division{warps_m_log2, warps_k, splits};
+        if (shared_bytes(division, tokens) > card.shared_bytes_per_block) continue;
+        const double us = expected_us(division, card, tokens, panels, chunks);
+        if (best_us >= 0.0 && us >= best_us) continue;
+        best = division;
+        best_us = us;
+      }
+    }
+  }
+  return best;
+}
+
+
+template <typename Value>
+cudaError_t multiply(const Value* x, const Value* values, const uint32_t* metadata, const Value* bias, Value* y,
+                     void* workspace, int64_t tokens, int64_t out_features, int64_t in_features, cudaStream_t stream) {
+  if (tokens == 0 || out_features == 0) return cudaSuccess;
+  if (tokens < 0 || tokens > kLinear24Tokens || in_features % 4 != 0) return cudaErrorInvalidValue;
+  if (out_features > INT32_MAX - kPanelRows || in_features > INT32_MAX - kChunkInputs) return cudaErrorInvalidValue;
+  Card card;
+  const cudaError_t error = this_card(card);
+  if (error != cudaSuccess) return error;
+  const int64_t panels = (out_features + kPanelRows - 1) / kPanelRows;
+  const int64_t chunks = (in_features + kChunkInputs - 1) / kChunkInputs;
+  const Division division = divide(card, tokens, panels, chunks);
+  const int64_t groups = division.groups(panels);
+  // chunks are counted in int
+  if (panels * chunks > INT32_MAX) return cudaErrorInvalidValue;
+  const Work work{out_features,
+                  static_cast<int>(in_features),
+                  static_cast<int>(tokens),
+                  static_cast<int>(panels),
+                  static_cast<int>(chunks),
+                  division.warps_m_log2,
+                  division.warps_k,
+                  division.splits,
+                  static_cast<int>((chunks + division.splits - 1) / division.splits)};
+  auto* partial = static_cast<float4*>(workspace);
+  auto* arrived = reinterpret_cast<unsigned*>(static_cast<unsigned char*>(workspace) +
+                                              partial_bytes(division, tokens, panels));
+  if (division.splits > 1) {
+    const cudaError_t cleared = cudaMemsetAsync(arrived, 0, groups * sizeof(unsigned), stream);
+    if (cleared != cudaSuccess) return cleared;
+  }
+  const auto start = [&](auto kernel) {
+    return launch(kernel, dim3(static_cast<unsigned>(groups), division.splits), 32 * division.warps(),
+                  shared_bytes(division, tokens), stream, x, values, metadata, bias, y, partial, arrived, work);
+  };
+  switch (token_tiles_of(tokens)) {
+    case 1: return start(linear_24_kernel<Value, 1>);
+    case 2: return start(linear_24_kernel<Value, 2>);
+    case 4: return start(linear_24_kernel<Value, 4>);
+    default: return start(linear_24_kernel<Value, 8>);
+  }
+}
+
+}  // namespace
+
+cudaError_t linear_24_workspace(int64_t tokens, int64_t out_features, int64_t in_features, int64_t* bytes) {
+  *bytes = 0;
+  if (tokens == 0 || out_features == 0) return cudaSuccess;
+  if (tokens < 0 || tokens > kLinear24Tokens) return cudaErrorInvalidValue;
+  Card card;
+  const cudaError_t error = this_card(card);
+  if (error != cudaSuccess) return error;
+  const int64_t panels = (out_features + kPanelRows - 1) / kPanelRows;
+  const Division division = divide(card, tokens, panels, (in_features + kChunkInputs - 1) / kChunkInputs);
+  if (division.splits > 1) {
+    *bytes = partial_bytes(division, tokens, panels) + division.groups(panels) * 4;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t linear_24(const __nv_bfloat16* x, const __nv_bfloat16* values, const uint32_t* metadata,
+                      const __nv_bfloat16* bias, __nv_bfloat16* y, void* workspace, int64_t tokens,
+                      int64_t out_features, int64_t in_features, cudaStream_t stream) {
+  return multiply(x, values, metadata, bias, y, workspace, tokens, out_features, in_features, stream);
+}
+
+cudaError_t linear_24(const __half* x, const __half* values, const uint32_t* metadata, const __half* bias, __half* y,
+                      void* workspace, int64_t tokens, int64_t out_features, int64_t in_features, cudaStream_t stream) {
+  return multiply(x, values, metadata, bias, y, workspace, tokens, out_features, in_features, stream);
+}
+
+}  // namespace sparsekern::cuda
