@@ -57,4 +57,18 @@ cudaError_t linear_bitmap(const float* x, const float* values, const uint8_t* bi
                           const float* bias, float* y, int64_t tokens, int64_t out_features, int64_t in_features,
                           cudaStream_t stream);
 
+// linear_24_prefill: y[t, o] = sum_i x[t, i] W[o, i] + bias[o] for many tokens, W in the order of mma.sp.
+//   x                  [tokens, in_features], fastest where every row lies on 16 bytes
+//   values, metadata   as above
+//   bias               [out_features] or null
+//   y                  [tokens, out_features], every element written
+// Accumulates in float32. What is not kept is not multiplied: NaN and inf in x reach y through kept weights only.
+// At most 2^23 in_features, 2^30 tokens and out_features.
+cudaError_t linear_24_prefill(const __nv_bfloat16* x, const __nv_bfloat16* values, const uint32_t* metadata,
+                              const __nv_bfloat16* bias, __nv_bfloat16* y, int64_t tokens, int64_t out_features,
+                              int64_t in_features, cudaStream_t stream);
+cudaError_t linear_24_prefill(const __half* x, const __half* values, const uint32_t* metadata, const __half* bias,
+                              __half* y, int64_t tokens, int64_t out_features, int64_t in_features,
+                              cudaStream_t stream);
+
 }  // namespace sparsekern::cuda

@@ -142,6 +142,13 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
+// ld.global.nc, 16 bytes that other warps of the block read too
+__device__ __forceinline__ void load(uint32_t (&to)[4], const void* global) {
+  asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "l"(__cvta_generic_to_global(global)));
+}
+
 // ld.global.nc, 16 bytes that are read once: they leave no trace in L1
 __device__ __forceinline__ void load_once(uint32_t (&to)[4], const void* global) {
   asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"

@@ -175,10 +175,12 @@ void cp_async_wait() {
   }
 }
 
-inline void load_once(uint32_t (&to)[4], const void* global) {
+inline void load(uint32_t (&to)[4], const void* global) {
   on_host::must_lie_on(global, 16, "ld.global.v4.b32: an address must lie on 16 bytes");
   std::memcpy(to, global, 16);
 }
+
+inline void load_once(uint32_t (&to)[4], const void* global) { load(to, global); }
 
 inline void load_once(uint32_t (&to)[2], const void* global) {
   on_host::must_lie_on(global, 8, "ld.global.v2.b32: an address must lie on 8 bytes");
