@@ -255,12 +255,20 @@ inline void run_block(unsigned threads, size_t shared_bytes, const std::function
   for (unsigned left = threads; left > 0;) {
     put_in_order(numbers);
     bool anyone = false;
-    for (unsigned number : numbers) {
-      Thread& thread = here.threads[number];
-      if (thread.done || thread.waits_at) continue;
-      anyone = true;
-      switch_to(thread);
-      left -= thread.done;
+    // shuffled, the warps keep step; in order, one goes as far as it can before the next begins: to the block's barrier
+    const unsigned together = order == Order::kShuffled ? threads : warpSize;
+    for (unsigned first = 0; first < threads; first += together) {
+      for (bool again = true; again;) {
+        again = false;
+        for (unsigned i = first; i < std::min(first + together, threads); ++i) {
+          Thread& thread = here.threads[numbers[i]];
+          if (thread.done || thread.waits_at) continue;
+          anyone = true;
+          again = order != Order::kShuffled;
+          switch_to(thread);
+          left -= thread.done;
+        }
+      }
     }
     open_barriers();
     if (!anyone && std::none_of(here.threads.begin(), here.threads.end(),
