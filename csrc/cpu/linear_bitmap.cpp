@@ -7,7 +7,9 @@
 #include <cstring>
 
 #include "float16.h"
+#include "has_amx.h"
 #include "has_avx512.h"
+#include "linear_bitmap_tiles.h"
 
 namespace sparsekern {
 namespace {
@@ -16,6 +18,8 @@ bool always() { return true; }
 
 #if defined(__x86_64__)
 bool has_avx512_bf16() { return has_avx512_vbmi2() && __builtin_cpu_supports("avx512bf16"); }
+
+bool has_amx() { return has_avx512_vbmi2() && has_amx_bf16(); }
 
 bool has_avx512bw() {
   __builtin_cpu_init();
@@ -29,11 +33,14 @@ bool has_avx2() {
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt");
 }
+
+constexpr int kAmxSet = 0;
 #endif
 
 // in the order of kLinearBitmapSets
 const LinearBitmapPanels* const kPanels[] = {
 #if defined(__x86_64__)
+    &kLinearBitmapAvx512,  // of what is not bfloat16
     &kLinearBitmapAvx512Bf16,
     &kLinearBitmapAvx512,
     &kLinearBitmapAvx512Bw,
@@ -123,10 +130,52 @@ int64_t first_panel_of(const BitmapWeight& weight, int64_t first, int64_t end, i
   return low;
 }
 
+#if defined(__x86_64__)
+// What linear_bitmap does, by the tiles of AMX.
+bool multiply_by_tiles(const BitmapWeight& weight, const uint16_t* x, const void* bias, void* y, int64_t tokens,
+                       int threads) {
+  const TileGroups groups(tokens);
+  const int64_t blocks = block_count(weight), panels = panel_count(weight);
+  // one token of whole blocks is packed as it is
+  const bool as_it_is = tokens == 1 && weight.in_features == blocks * kBlockInputs;
+  uint16_t* packed = nullptr;
+  if (!as_it_is) {
+    // one line more: aligned_alloc wants a multiple of the line, and never zero bytes
+    const int64_t bytes = groups.count * groups.rows * blocks * kTileRowBytes + 64;
+    packed = static_cast<uint16_t*>(std::aligned_alloc(64, static_cast<size_t>(bytes)));
+    if (packed == nullptr) return false;
+  }
+  const auto pack = [&](int part, int parts) {
+    if (as_it_is) return;
+    pack_x_tiles(x, packed, groups, weight.in_features, blocks * part / parts, blocks * (part + 1) / parts);
+  };
+  const auto multiply = [&](int part, int parts) {
+    linear_bitmap_amx(weight, as_it_is ? x : packed, groups, bias, y, first_panel_of(weight, 0, panels, part, parts),
+                      first_panel_of(weight, 0, panels, part + 1, parts));
+  };
+  threads = worth_threads(threads, panel_bytes(weight, 0, panels) * groups.count);
+  if (threads <= 1) {
+    pack(0, 1);
+    multiply(0, 1);
+  } else {
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static, 1)
+      for (int part = 0; part < threads; ++part) pack(part, threads);
+#pragma omp for schedule(static, 1)
+      for (int part = 0; part < threads; ++part) multiply(part, threads);
+    }
+  }
+  std::free(packed);
+  return true;
+}
+#endif
+
 }  // namespace
 
 const InstructionSet kLinearBitmapSets[] = {
 #if defined(__x86_64__)
+    {"amx_bf16", has_amx},
     {"avx512_bf16", has_avx512_bf16},
     {"avx512", has_avx512_vbmi2},
     {"avx512bw", has_avx512bw},
@@ -138,6 +187,11 @@ const InstructionSet kLinearBitmapSets[] = {
 
 bool linear_bitmap(const BitmapWeight& weight, const void* x, const void* bias, void* y, int64_t tokens, int set,
                    int threads) {
+#if defined(__x86_64__)
+  if (set == kAmxSet && weight.dtype == DType::kBFloat16) {
+    return multiply_by_tiles(weight, static_cast<const uint16_t*>(x), bias, y, tokens, threads);
+  }
+#endif
   const LinearBitmapPanels& kernel = *kPanels[set];
   const bool narrow = weight.dtype == DType::kBFloat16 && kernel.x_type == DType::kBFloat16;
   const auto pack = narrow                             ? pack_x<CopyBf16>

@@ -12,18 +12,24 @@ namespace sparsekern {
 constexpr int64_t kMaxGroup = 12;
 
 // Up to kMaxGroup tokens are one group; more are shared out evenly, so that no group is much smaller than the others.
+// Inlined always: a copy compiled for one instruction set could be the one that all others call.
 struct Groups {
   int64_t tokens;
   int64_t count;
 
-  explicit Groups(int64_t all) : tokens(all), count((all + kMaxGroup - 1) / kMaxGroup) {}
+  [[gnu::always_inline]] explicit Groups(int64_t all) : tokens(all), count((all + kMaxGroup - 1) / kMaxGroup) {}
 
   // Even, but for a lone group of one or three; at most one token is padding, in a lone group.
-  int64_t size(int64_t group) const {
-    if (count == 1) return tokens <= 4 ? tokens : (tokens + 1) / 2 * 2;
-    return first(group + 1) - first(group);
+  [[gnu::always_inline]] int64_t size(int64_t group) const {
+    return count == 1 ? lone_size() : shared_out(group + 1) - shared_out(group);
   }
-  int64_t first(int64_t group) const { return count == 1 ? group * size(0) : (tokens + 1) / 2 * group / count * 2; }
+  [[gnu::always_inline]] int64_t first(int64_t group) const {
+    return count == 1 ? group * lone_size() : shared_out(group);
+  }
+
+ private:
+  [[gnu::always_inline]] int64_t lone_size() const { return tokens <= 4 ? tokens : (tokens + 1) / 2 * 2; }
+  [[gnu::always_inline]] int64_t shared_out(int64_t group) const { return (tokens + 1) / 2 * group / count * 2; }
 };
 
 struct CopyFloat {

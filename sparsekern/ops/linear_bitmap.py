@@ -33,6 +33,8 @@ _CUDA_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp
 # 200 tokens; in float32 the sparse kernel was still twice as fast at 1024, and in float16, of which torch has no fast
 # product there, seven times at 512: the most that was tried
 _DENSE_TOKENS = {torch.bfloat16: 192, torch.float16: 2048, torch.float32: 2048}
+# the tiles of AMX multiply as fast here as in torch, which multiplies after the same expansion; not measured yet
+_DENSE_TOKENS_BY_TILES = 1024
 # the CUDA kernel decodes the weight once for four tokens; not measured yet
 _CUDA_DENSE_TOKENS = 32
 # a slice of the expanded weight stays in the cache until it is multiplied
@@ -109,6 +111,11 @@ def through_dense(
         y[:, rows] = linear(x, dense, None if bias is None else bias[rows])
 
 
+def _dense_tokens(dtype: torch.dtype) -> int:
+    by_tiles = dtype == torch.bfloat16 and compiled.cpu().isa() == "amx_bf16"
+    return _DENSE_TOKENS_BY_TILES if by_tiles else _DENSE_TOKENS[dtype]
+
+
 def _linear_bitmap_cpu(
     x: Tensor,
     masks: Tensor,
@@ -123,7 +130,7 @@ def _linear_bitmap_cpu(
     flat = flat.contiguous()
     # not a view: autograd lets nobody write to one that an op has returned
     y = x.new_empty(*x.shape[:-1], out_features)
-    multiply = sparse if len(flat) < _DENSE_TOKENS[x.dtype] else through_dense
+    multiply = sparse if len(flat) < _dense_tokens(x.dtype) else through_dense
     bias = None if bias is None else bias.contiguous()
     multiply(flat, (masks, values, panel_offsets), bias, y.view(len(flat), out_features), in_features)
     return y

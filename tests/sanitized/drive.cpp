@@ -250,9 +250,11 @@ void drive_stream_read() {
 int main(int count, char** arguments) {
   // what the sanitizer must find, or it finds nothing
   Buffer<char> buffer(37);
+  if (count > 2) refuse_tiles(arguments[2][0]);
   if (count > 1) return buffer[37 + (arguments[1][0] == '0' ? 0 : 64)];
   drive_packed();
   drive_dense();
+  drive_tiles();
   drive_threads();
   drive_not_finite();
   drive_obs_sweep();

@@ -64,3 +64,7 @@ void each_set(const InstructionSet* sets, Function&& function) {
 // Each in a file of its own.
 void drive_dense();
 void drive_linear_bitmap_int8();
+void drive_tiles();
+
+// Does with tiles what a processor refuses, each in its own way; must not return.
+void refuse_tiles(char which);

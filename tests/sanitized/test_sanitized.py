@@ -1,7 +1,8 @@
 """csrc/cpu under the address and undefined-behaviour sanitizers: no op reads or writes but its operands.
 
 drive*.cpp calls every op on every instruction set of this machine, at sizes that divide nothing, and with weights that
-lie as far as the binding lets them.
+lie as far as the binding lets them. What is written for AMX is compiled with tiles in plain C++ (tiles_in_cxx.h): it
+runs, and is compared with float64, where there is no AMX. How fast it is, nothing here says.
 """
 
 import os
@@ -15,7 +16,7 @@ import pytest
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-FLAGS = ["-std=c++17", "-O1", "-g1", "-fopenmp"]
+FLAGS = ["-std=c++17", "-O1", "-g1", "-fopenmp", "-DSPARSEKERN_TILES_IN_CXX"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
@@ -39,7 +40,7 @@ def drive(tmp_path_factory):
 
     def build(source):
         target = folder / f"{source.name}.o"
-        done = run(compiler, *FLAGS, *SANITIZERS, "-I", CSRC, "-c", source, "-o", target)
+        done = run(compiler, *FLAGS, *SANITIZERS, "-I", CSRC, "-I", HERE, "-c", source, "-o", target)
         assert done.returncode == 0, done.stderr
         return target
 
@@ -60,6 +61,23 @@ def test_the_sanitizer_sees_a_read_behind_the_end(drive):
     done = run(drive, "0")
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("which", "words"),
+    [
+        (0, "tiles that are not configured"),
+        (1, "a tile too large"),
+        (2, "a tile that there is not"),
+        (3, "rows without bytes"),
+        (4, "sums that have not the rows of a"),
+        (5, "tiles that are not configured"),
+    ],
+)
+def test_the_tiles_refuse_what_a_processor_refuses(drive, which, words):
+    done = run(drive, "tiles", which)
+    assert done.returncode != 0
+    assert f"would refuse: {words}" in done.stderr
 
 
 def test_every_op_of_ops_h_is_driven():
