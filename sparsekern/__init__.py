@@ -7,7 +7,7 @@ from sparsekern.checkpoint import load, save
 from sparsekern.finishing import Finish
 from sparsekern.fixed_masks import FixedMasks
 from sparsekern.gradual import CubicSchedule, GradualMagnitude
-from sparsekern.linear import SparseLinear, densify, sparsify
+from sparsekern.linear import SparseLinear
 from sparsekern.lottery import Ticket, find_ticket
 from sparsekern.measure import measure
 from sparsekern.methods import ADMM, GPTQ, OBD, OBS, LayerOBD, Magnitude, Refine, SparseGPT, Wanda
@@ -16,6 +16,7 @@ from sparsekern.pattern import NM, Unstructured, as_pattern
 from sparsekern.permute import permute
 from sparsekern.plan import Plan, Unmeasured
 from sparsekern.streaming import prune_streaming
+from sparsekern.swap import densify, sparsify
 from sparsekern.text import read_calibration
 
 __version__ = "0.1.0"

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from sparsekern import hf
 from sparsekern.convert import convert
-from sparsekern.linear import SparseLinear, densify, replace_module
+from sparsekern.formats import Dense
+from sparsekern.linear import SparseLinear
 from sparsekern.manifest import (
     CONFIG,
     INDEX,
@@ -27,12 +28,12 @@ from sparsekern.manifest import (
     read_manifest,
     write_compressed,
 )
-from sparsekern.ops import to_dense
 from sparsekern.packing import PackReport, choose, pack, part_of
 from sparsekern.plan import Plan, Unmeasured
 from sparsekern.publish import publish
 from sparsekern.shards import DTYPES, NAMES, SHARD_BYTES, Part, Reader, Stored, in_order
 from sparsekern.state import Slot, fill, slots, tied
+from sparsekern.swap import is_tied_copy, reconsider, replace_module
 
 __all__ = ["PackReport", "VerifyReport", "convert", "load", "read_into", "save", "verify"]
 
@@ -148,10 +149,7 @@ def load(
             check_sums(manifest.directory)
         model = hf.load(directory, dtype=dtype)
     if plan is not None:
-        sparse = {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
-        # a plain dense tensor, because a LazyWeight is slower to multiply by than what densify() makes
-        slower = [n for n, m in sparse.items() if plan.decide(p := m.packed, to_dense(p), tuple(tokens)).kernel is None]
-        densify(model, slower)
+        reconsider(model, plan, tokens)
     return model
 
 
@@ -220,7 +218,14 @@ def _pack(model: nn.Module) -> tuple[dict[str, PackedLayer], list[Part], PackRep
     parts: list[Part] = []
     report = PackReport()
     for name, module in model.named_modules():
-        if isinstance(module, SparseLinear):
+        # what was made of the input embedding is made of it again
+        if not isinstance(module, SparseLinear) or is_tied_copy(model, name, module) is not None:
+            continue
+        if module.format is Dense:
+            weight = module.packed.to_dense()
+            parts.append(_weight_part(name, weight, module.bias, layers, report))
+            report.dense_bytes += weight.nbytes
+        else:
             layers[name] = PackedLayer.of(
                 module.format, (module.out_features, module.in_features), module.dtype, module.kept
             )
@@ -234,22 +239,31 @@ def _pack(model: nn.Module) -> tuple[dict[str, PackedLayer], list[Part], PackRep
         module, tensor = found[name].module, found[name].tensor.detach()
         _refuse_tensor(name, tensor)
         report.dense_bytes += tensor.nbytes
+        layer = name.rpartition(".")[0]
+        if len(names) == 1 and type(module) is nn.Linear and found[name].own == "weight":
+            parts.append(_weight_part(layer, tensor, module.bias, layers, report))
+            continue
         parts.append(Part({name: (tensor.dtype, tuple(tensor.shape))}, lambda name=name, tensor=tensor: {name: tensor}))
         if len(names) > 1:
             linear = (n for n in names if type(found[n].module) is nn.Linear and found[n].own == "weight")
             report.left += [(other.rpartition(".")[0], "its weight is tied") for other in linear]
-        elif type(module) is nn.Linear and found[name].own == "weight":
-            layer = name.rpartition(".")[0]
-            chosen = choose(tensor, bias=None if module.bias is None else module.bias.dtype)
-            if isinstance(chosen, str):
-                report.left.append((layer, chosen))
-                continue
-            layers[layer], kept = chosen
-            format = layers[layer].format
-            parts[-1] = part_of(layer, layers[layer], kept, lambda f=format, tensor=tensor: pack(tensor, f))
     report.bytes = sum(part.nbytes for part in parts)
     report.packed = {name: layer.to_json() for name, layer in layers.items()}
     return layers, parts, report
+
+
+def _weight_part(
+    layer: str, weight: Tensor, bias: Tensor | None, layers: dict[str, PackedLayer], report: PackReport
+) -> Part:
+    """How the weight of a dense layer will be written; where it is packed, that is put into `layers`."""
+    chosen = choose(weight, bias=None if bias is None else bias.dtype)
+    if isinstance(chosen, str):
+        report.left.append((layer, chosen))
+        name = f"{layer}.weight"
+        return Part({name: (weight.dtype, tuple(weight.shape))}, lambda: {name: weight})
+    layers[layer], kept = chosen
+    format = layers[layer].format
+    return part_of(layer, layers[layer], kept, lambda: pack(weight, format))
 
 
 def _stored_name(model: nn.Module, names: list[str]) -> str | None:

@@ -17,12 +17,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from sparsekern import hf, shapes, text
-from sparsekern.linear import sparsify
 from sparsekern.measure import Perplexity, perplexity
 from sparsekern.methods import METHODS
 from sparsekern.oneshot import prune
 from sparsekern.plan import Unmeasured
 from sparsekern.speed import Speed, draw_speed, measure_speed
+from sparsekern.swap import sparsify
 
 MODEL = Path(__file__).parent / "demo_model"
 PATTERNS = (0.5, 0.6, "2:4")

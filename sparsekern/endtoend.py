@@ -13,9 +13,9 @@ from datetime import datetime, timezone
 import torch
 from torch import Tensor, nn
 
-from sparsekern.linear import sparsify
 from sparsekern.measure import device_of, evaluating, logits, machine, weight_bytes
 from sparsekern.plan import Plan, Unmeasured
+from sparsekern.swap import sparsify
 from sparsekern.timing import Json, Latency, Ratio, alternate
 
 ROUNDS = 50
@@ -88,7 +88,7 @@ def compare_end_to_end(
     with evaluating(model), evaluating(sparse):
         for done, count in enumerate(tokens, 1):
             ids = _random_ids(model, count)
-            difference = _checked(logits(model, ids), logits(sparse, ids), count)
+            difference = check_logits(logits(model, ids), logits(sparse, ids), count)
             variants = {
                 DENSE: lambda _, ids=ids: logits(model, ids),
                 SPARSE: lambda _, ids=ids: logits(sparse, ids),
@@ -109,7 +109,7 @@ def compare_end_to_end(
     )
 
 
-def _checked(dense: Tensor, sparse: Tensor, tokens: int) -> float:
+def check_logits(dense: Tensor, sparse: Tensor, tokens: int) -> float:
     """The relative difference of the logits. Raises RuntimeError when rounding does not explain it."""
     allowed = LARGEST_DIFFERENCE[dense.dtype]
     dense, sparse = dense.double(), sparse.double()

@@ -26,10 +26,11 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsekern import checkpoint
-from sparsekern.linear import SparseLinear, densify, replace_module
+from sparsekern.linear import SparseLinear
 from sparsekern.manifest import FIELDS, INDEX, QUANT_METHOD, Manifest, Packed, check_packed, read_layers, read_manifest
 from sparsekern.ops import compiled
 from sparsekern.shards import Reader
+from sparsekern.swap import densify, replace_module
 
 SIZES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 

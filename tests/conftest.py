@@ -18,6 +18,12 @@ def _nan_in_empty_tensors():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def _no_plan_of_the_user(monkeypatch, tmp_path_factory):
+    """No test writes into a home, or finds there what another has measured."""
+    monkeypatch.setattr("sparsekern.plan.user_cache", lambda: tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def one_thread():
     """The models of tiny_models.py are too small for two threads, which would only wait for each other."""

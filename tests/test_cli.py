@@ -152,11 +152,12 @@ def test_bench_times_a_checkpoint_after_checking_it(pruned):
     assert result["dense_bytes"] > 0
 
 
-def test_bench_times_real_shapes_with_random_weights(tmp_path):
+def test_bench_times_the_layers_of_real_shapes_with_random_weights(tmp_path):
     args = (
         "bench",
         "--config",
         "tiny",
+        "--layers",
         "--tokens",
         "1,3",
         "--seconds",
@@ -168,6 +169,17 @@ def test_bench_times_real_shapes_with_random_weights(tmp_path):
     result = json.loads(run(*args).stdout)
     assert {row["tokens"] for row in result["rows"]} == {1, 3}
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_generates_with_a_random_model_of_a_published_shape(tmp_path):
+    args = ("bench", "--config", "tiny", "--sparsity", "0.5,0.9", "--values", "bfloat16", "--seconds", "0")
+    args += ("--new-tokens", "4", "--prompt", "3", "--blocks", "1", "--plot", tmp_path / "speed.png")
+    result = json.loads(run(*args, "--json").stdout)
+    names = ["dense", "own dense", "50% bfloat16", "90% bfloat16", "no linear layers"]
+    assert [row["name"] for row in result["variants"]] == names
+    assert all(row["decode_tokens_s"] > 0 for row in result["variants"])
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+    assert "× own dense" in run(*args).output
 
 
 def test_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path):
@@ -241,7 +253,12 @@ BAD = {
         ("eval", MODEL, "--text", HELDOUT, "--seqlen", "4096"),
         "at most the model's 1024 positions, got 4096",
     ),
-    "tokens that are no numbers": (("bench", "--config", "tiny", "--tokens", "one"), "tokens must be numbers"),
+    "tokens that are no numbers": (("bench", "--config", "tiny", "--layers", "--tokens", "one"), "tokens must be num"),
+    "layers of a checkpoint": (("bench", "out", "--layers"), "--layers goes with --config"),
+    "layers at two sparsities": (("bench", "--config", "tiny", "--layers", "--sparsity", "0.5,0.7"), "one sparsity"),
+    "generate in float32": (("bench", "--config", "tiny", "--dtype", "float32"), "generate is timed in bfloat16"),
+    "values that are none": (("bench", "--config", "tiny", "--values", "int7"), "values must be of bfloat16, int8"),
+    "more blocks than there are": (("bench", "--config", "tiny", "--blocks", "3"), "blocks must be 1..2 of tiny"),
 }
 
 

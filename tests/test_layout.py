@@ -35,6 +35,7 @@ ARROWS = {
     "hf_weights": set(),
     "paging": {"hf", "hf_weights", "model_files", "shards"},
     "hf_files": {"publish"},
+    "hf_generate": {"shapes"},
     "hf": {"experts", "hf_files"},
     "batches": set(),
     "finishing": {"hf", "experts"},
@@ -55,9 +56,12 @@ ARROWS = {
     "lottery_journal": {"publish"},
     "training": {"fixed_masks", "lottery_journal"},
     "lottery": {"pattern", "methods", "fixed_masks", "lottery_journal", "training"},
-    "plan": {"formats", "ops", "measure", "timing"},
+    "decisions": {"timing"},
+    "plan_cache": {"decisions", "measure", "ops", "timing"},
+    "plan": {"baselines", "decisions", "formats", "measure", "ops", "plan_cache", "timing"},
     "lazy_weight": set(),
-    "linear": {"formats", "lazy_weight", "ops", "measure", "plan"},
+    "linear": {"formats", "lazy_weight", "ops"},
+    "swap": {"decisions", "formats", "linear", "ops", "plan"},
     "shards": set(),
     "manifest": {"formats", "ops", "shards"},
     "packing": {"formats", "manifest", "ops", "shards"},
@@ -65,16 +69,18 @@ ARROWS = {
     "compressed_tensors": {"formats", "shards"},
     "sources": {"compressed_tensors", "manifest", "model_files", "shards"},
     "convert": {"hf", "manifest", "model_files", "packing", "publish", "shards", "sources"},
-    "checkpoint": {"convert", "manifest", "ops", "packing", "shards", "state", "linear", "plan", "publish", "hf"},
-    "hf_quantizer": {"ops", "linear", "manifest", "shards", "checkpoint"},
+    "checkpoint": {"convert", "manifest", "ops", "packing", "shards", "state", "linear", "swap", "plan"}
+    | {"formats", "publish", "hf"},
+    "hf_quantizer": {"ops", "linear", "manifest", "shards", "swap", "checkpoint"},
 }
 # the two halves meet in an ordinary nn.Linear whose weight holds zeros, and nowhere else
 PRUNE = {"batches", "calibrate", "experts", "gradients", "methods", "oneshot", "lottery", "permute", "allocation"} | {
     *("fixed_masks", "gradual", "lottery_journal", "training", "streaming", "paging", "traces")
 }
-RUN = {"formats", "linear", "plan"}
+RUN = {"formats", "linear", "plan", "swap"}
 # commands and what they are made of: they may import everything, and of the rest only each other imports them
-DOORS = {"card", "cli", "commands", "demo", "doctor", "endtoend", "inspect", "preview", "speed", "tickets"}
+DOORS = {"card", "cli", "commands", "demo", "doctor", "inspect", "preview", "tickets"}
+DOORS |= {"endtoend", "generation", "speed", "variants"}
 # foreign thing -> where it is let in: what the path in the package begins with
 FOREIGN = {"transformers": ("hf.py", "hf_"), "triton": ("ops/triton/",), "sklearn": ("tickets/digits.py",)}
 

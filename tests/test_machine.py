@@ -38,7 +38,7 @@ assert report.swapped
 assert (pruned(x).logits - want).float().norm() <= 2e-2 * want.float().norm()
 plan = sk.Plan(seconds=0.0, arena=1 << 16)
 weight = hf.layers(hf.load(output))[0][1].weight.detach()
-plan.decide(Bitmap.pack(weight), weight)
+plan.decide((Bitmap.pack(weight),), weight)
 plan.save(f"{directory}/plan.json")
 sk.Plan.load(f"{directory}/plan.json")
 sk.save(pruned, f"{directory}/a packed model")

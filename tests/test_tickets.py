@@ -10,12 +10,12 @@ from typer.testing import CliRunner
 from sparsekern.checkpoint import verify
 from sparsekern.cli import app
 from sparsekern.formats import SemiStructured
-from sparsekern.linear import sparsify
 from sparsekern.lottery import find_ticket
+from sparsekern.swap import sparsify
 from sparsekern.tickets import TASKS, digits, text
 from sparsekern.tickets.experiment import CONTROLS, SERIES, Cell, by_lot, recorded, run, run_seed, train_once, trainings
 from sparsekern.tickets.figure import plot
-from sparsekern.tickets.product import AsBitmap, make
+from sparsekern.tickets.product import AS_BITMAP, make
 from sparsekern.tickets.summary import Summary, summaries
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -195,7 +195,7 @@ def test_a_packed_ticket_scores_the_same_is_smaller_and_verifies(mlp, ran):
 def test_a_ticket_that_holds_2_to_4_by_chance_is_packed_as_a_bitmap():
     net = torch.nn.Sequential(torch.nn.Linear(64, 32))
     net[0].weight.data[:, torch.arange(64) % 8 != 0] = 0
-    report = sparsify(net, plan=AsBitmap())
+    report = sparsify(net, plan=AS_BITMAP)
     assert [layer["format"] for layer in report.swapped] == ["bitmap"]
     assert net[0].packed.nbytes < SemiStructured.pack(net[0].weight).nbytes
 

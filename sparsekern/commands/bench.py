@@ -10,6 +10,9 @@ from sparsekern import shapes
 from sparsekern.commands.arguments import AsJson, Dtype, dtype_of, load
 from sparsekern.commands.output import print_result, progress_bar
 from sparsekern.endtoend import compare_end_to_end
+from sparsekern.generation import VALUES, measure_generation
+from sparsekern.generation import plot as plot_generation
+from sparsekern.hf_generate import CACHES
 from sparsekern.speed import measure_speed
 from sparsekern.speed import plot as plot_speed
 
@@ -23,31 +26,81 @@ def command(
     config: Annotated[
         str | None, typer.Option(help=f"random weights in real shapes: {' | '.join(shapes.MODELS)}")
     ] = None,
-    sparsity: Annotated[float, typer.Option(help="of the random weights, with --config")] = 0.5,
-    tokens: Annotated[str, typer.Option(help="numbers of tokens to time, comma separated")] = "1,4,16",
+    layers: Annotated[
+        bool, typer.Option("--layers", help="with --config: time its linear layers one by one, not generate")
+    ] = False,
+    sparsity: Annotated[str, typer.Option(help="of the random weights; several for generate")] = "0.5",
+    values: Annotated[str, typer.Option(help=f"for generate, comma separated: {', '.join(VALUES)}")] = "bfloat16,int8",
+    tokens: Annotated[str, typer.Option(help="numbers of tokens to time a MODEL or --layers at")] = "1,4,16",
+    prompt: Annotated[int, typer.Option(help="tokens of the prompt of generate")] = 32,
+    new_tokens: Annotated[int, typer.Option(help="that a generate makes")] = 16,
+    blocks: Annotated[int | None, typer.Option(help="for generate: so many decoder blocks, not all")] = None,
+    lm_head: Annotated[str, typer.Option(help="for generate: dense (own kernel), int8, or none (torch's)")] = "dense",
+    cache: Annotated[str, typer.Option(help=f"of generate: {' or '.join(CACHES)}")] = "dynamic",
+    compiled: Annotated[bool, typer.Option("--compile", help="generate through torch.compile; minutes more")] = False,
     dtype: Dtype = "bfloat16",
     seconds: Annotated[float, typer.Option(help="to spend on the timings")] = 100.0,
-    plot: Annotated[Path | None, typer.Option(help="PNG file to draw the speed-up into, with --config")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file to draw the result into, with --config")] = None,
     as_json: AsJson = False,
 ):
-    """Time a pruned MODEL sparse against dense, or the linear layers of a real-size model with random weights."""
+    """Time a pruned MODEL sparse against dense; with --config generate, or layers, of a random model of real size."""
     if (model is None) == (config is None):
         raise ValueError("bench takes either MODEL or --config, and exactly one of them")
-    try:
-        counts = tuple(int(count) for count in tokens.split(","))
-    except ValueError:
-        raise ValueError(f"tokens must be numbers like 1,4,16, got {tokens!r}") from None
     if plot is not None and config is None:
         raise ValueError("--plot goes with --config")
+    if layers and config is None:
+        raise ValueError("--layers goes with --config")
     if config is None:
         pruned = load(model, dtype)
         with progress_bar(f"{model}: timing") as update:
-            compared = compare_end_to_end(pruned, counts, seconds, progress=update)
+            compared = compare_end_to_end(pruned, _numbers("tokens", tokens, int), seconds, progress=update)
         print_result(compared.to_json(), as_json, lambda _: [str(compared)])
         return
-    shape, kind = shapes.find(config), dtype_of(dtype) or torch.bfloat16
-    with progress_bar(f"{config}: timing") as update:
-        speed = measure_speed(shape, sparsity, counts, dtype=kind, seconds=seconds, progress=update)
+    shape, sparsities = shapes.find(config), _numbers("sparsity", sparsity, float)
+    if layers:
+        _layers(shape, sparsities, _numbers("tokens", tokens, int), dtype, seconds, plot, as_json)
+        return
+    if dtype != "bfloat16":
+        raise ValueError(f"generate is timed in bfloat16, got --dtype {dtype}; --layers takes others")
+    with progress_bar(f"{config}: building") as update:
+        found = measure_generation(
+            shape,
+            sparsities,
+            values=[name.strip() for name in values.split(",")],
+            lm_head=None if lm_head == "none" else lm_head,
+            prompt=prompt,
+            new_tokens=new_tokens,
+            blocks=blocks,
+            cache=cache,
+            compiled=compiled,
+            seconds=seconds,
+            progress=update,
+        )
+    if plot is not None:
+        plot_generation(found, plot)
+    print_result(found.to_json(), as_json, lambda _: [found.table()])
+
+
+def _layers(shape, sparsities, tokens, dtype, seconds, plot, as_json) -> None:
+    if len(sparsities) != 1:
+        raise ValueError(f"--layers takes one sparsity, got {', '.join(map(str, sparsities))}")
+    with progress_bar(f"{shape.name}: timing") as update:
+        speed = measure_speed(
+            shape,
+            sparsities[0],
+            tokens,
+            dtype=dtype_of(dtype) or torch.bfloat16,
+            seconds=seconds,
+            progress=update,
+        )
     if plot is not None:
         plot_speed(speed, plot)
     print_result(speed.to_json(), as_json, lambda _: [speed.table()])
+
+
+def _numbers(name: str, text: str, kind: type) -> tuple:
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        example = "1,4,16" if kind is int else "0.5,0.7"
+        raise ValueError(f"{name} must be numbers like {example}, got {text!r}") from None

@@ -10,7 +10,7 @@ bytes instead of s. The last two do not shrink with the dtype, and the last is l
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from sparsekern.checkpoint import load, save
 from sparsekern.formats import Bitmap
-from sparsekern.linear import SparseLinear, sparsify
+from sparsekern.linear import SparseLinear
 from sparsekern.measure import evaluating
-from sparsekern.plan import Decision, Packed, Unmeasured
+from sparsekern.plan import Unmeasured
+from sparsekern.swap import sparsify
 from sparsekern.tickets.experiment import ticket_file
 from sparsekern.tickets.problem import Problem
 from sparsekern.timing import Latency, Ratio, alternate
@@ -34,16 +35,8 @@ THREADS = (1, 2)
 ROUNDS, SECONDS = 400, 5.0
 
 
-class AsBitmap(Unmeasured):
-    """Every layer that a bitmap makes smaller, be it faster or not.
-
-    A ticket may hold 2:4 by chance, being far sparser, and would take half of its dense bytes then.
-    """
-
-    def decide(self, packed: Packed, weight: Tensor, tokens: Sequence[int] = (1,)) -> Decision:
-        if not isinstance(packed, Bitmap):
-            return Decision(None, "a ticket is packed as a bitmap", {})
-        return super().decide(packed, weight, tokens)
+# a ticket may hold 2:4 by chance, being far sparser, and would take half of its dense bytes then
+AS_BITMAP = Unmeasured(Bitmap)
 
 
 @dataclass(frozen=True)
@@ -156,7 +149,7 @@ def _make(problem: Problem, directory: Path, seed: int, dtype: str, seconds: flo
         for name, round in (("dense", 0), ("ticket", problem.product_round))
     }
     models["packed"] = copy.deepcopy(models["ticket"])
-    report = sparsify(models["packed"], plan=AsBitmap())
+    report = sparsify(models["packed"], plan=AS_BITMAP)
     places = {name: directory / f"{problem.name}-{name}-{dtype}" for name in ("dense", "ticket")}
     for place, model in zip(places.values(), (models["dense"], models["packed"]), strict=True):
         if not place.exists():
