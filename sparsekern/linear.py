@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sparsekern.formats import Bitmap
+from sparsekern.formats import Bitmap, BitmapInt8
 from sparsekern.lazy_weight import LazyWeight
 from sparsekern.ops import LINEAR_KERNELS, Packed, pack, to_dense
 from sparsekern.ops.kernel import Kernel, pick
@@ -140,8 +140,12 @@ class SparseLinear(nn.Module):
         else:
             # a kernel's own order may not survive another dtype or device: go through the canonical one
             packed = self.packed
-            moved = {name: fn(value) for name, value in vars(packed).items() if isinstance(value, Tensor)}
-            packed = self.format(**{**vars(packed), **moved})
+            if isinstance(packed, BitmapInt8):
+                # a cast is of x and y; the scales keep their float32
+                packed = packed.to(probe.device, probe.dtype)
+            else:
+                moved = {name: fn(value) for name, value in vars(packed).items() if isinstance(value, Tensor)}
+                packed = self.format(**{**vars(packed), **moved})
         before = self.kernel.name
         self._adopt(packed, pick(LINEAR_KERNELS[self.format], packed))
         if self.kernel.name == "reference" != before:

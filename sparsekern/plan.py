@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from sparsekern import plan_cache
 from sparsekern.baselines import PREPACKED as ONEDNN
 from sparsekern.decisions import DENSE, OWN_DENSE, PREPACKED, Decision, Kind, Times, decision_of
-from sparsekern.formats import Bitmap, Dense
+from sparsekern.formats import Bitmap, BitmapInt8, Dense
 from sparsekern.formats.dense import DTYPES
 from sparsekern.measure import weight_bytes
 from sparsekern.ops import LINEAR_KERNELS, Packed, to_dense
@@ -115,7 +115,7 @@ class Plan:
         for count in tokens:
             x = random_input(count, weight)
             for name, (packed, _) in found.items():
-                check_linear(variants[name](x, 0), x, to_dense(packed), None, f"kernel {name}")
+                check_linear(variants[name](x, 0), x, _exact(packed), None, f"kernel {name}")
             at = {name: partial(variant, x) for name, variant in variants.items()}
             able = [DENSE, *(name for name, (packed, _) in found.items() if packed.name == OWN_DENSE)]
             times = Times.of(alternate(at, seconds=self.seconds, device=weight.device), able)
@@ -237,6 +237,11 @@ def _accepting(packed: Packed) -> list[Kernel]:
     """The compiled kernels that do not refuse it."""
     kernels = LINEAR_KERNELS[type(packed)]
     return [kernel for kernel in kernels if kernel.name != "reference" and kernel.refuses(packed) is None]
+
+
+def _exact(packed: Packed) -> Tensor:
+    """What a kernel multiplies by: of integers and scales, not yet rounded to the dtype of x."""
+    return packed.dequantised() if isinstance(packed, BitmapInt8) else to_dense(packed)
 
 
 def _run(kernel: Kernel, copies: list[tuple[Tensor, ...]], shape: torch.Size, x: Tensor, number: int) -> Tensor:

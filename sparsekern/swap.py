@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsekern.decisions import OWN_DENSE, Decision
-from sparsekern.formats import Bitmap, Dense, SemiStructured
+from sparsekern.formats import Bitmap, BitmapInt8, Dense, SemiStructured
 from sparsekern.linear import SparseLinear
 from sparsekern.ops import LINEAR_KERNELS, Packed, compiled, pack, to_dense
 from sparsekern.plan import Plan, Unmeasured
@@ -209,7 +209,9 @@ def _swap(
     reason = "; ".join([decision.reason, *reasons])
     if decision.format is None:
         return None, reason, None
-    return _served(packings, weight, linear.bias, decision).train(linear.training), decision.reason, None
+    swapped = _served(packings, weight, linear.bias, decision).train(linear.training)
+    error = _error(weight, swapped._dense()) if swapped.format is BitmapInt8 else None
+    return swapped, decision.reason, error
 
 
 def _served(packings: Sequence[Packed], weight: Tensor, bias: Tensor | None, decision: Decision) -> SparseLinear:
@@ -226,7 +228,7 @@ def _packings(weight: Tensor, values: str | None) -> tuple[list[Packed], list[st
     if values == "dense":
         return [Dense.pack(weight)], []
     packings, reasons = [], []
-    for format in (SemiStructured, Bitmap):
+    for format in (*((BitmapInt8,) if values == "int8" else ()), SemiStructured, Bitmap):
         try:
             packed = pack(weight, format)
         except ValueError as error:
@@ -238,6 +240,11 @@ def _packings(weight: Tensor, values: str | None) -> tuple[list[Packed], list[st
             reasons.append(f"{format.name}: packed it would take {packed.nbytes:,} bytes, dense {weight.nbytes:,}")
     # 2:4 takes as many bytes for a few weights as for half of them
     return sorted(packings, key=lambda packed: packed.nbytes), reasons
+
+
+def _error(weight: Tensor, rounded: Tensor) -> float:
+    """By how much of its norm the weight was moved."""
+    return float((rounded.float() - weight.float()).norm() / weight.float().norm().clamp(min=1e-30))
 
 
 def _shared_weights(model: nn.Module) -> set[int]:

@@ -8,7 +8,7 @@ from torch import nn
 
 import sparsekern as sk
 from sparsekern.decisions import Decision
-from sparsekern.formats import Bitmap, Dense
+from sparsekern.formats import Bitmap, BitmapInt8, Dense
 from tests import tiny_models
 
 
@@ -94,3 +94,40 @@ def test_a_choice_that_is_none_is_refused_before_anything_is_swapped(tied, choic
     with pytest.raises(ValueError, match=message):
         sk.sparsify(tied, plan=sk.Unmeasured(), **choice)
     assert not any(isinstance(module, sk.SparseLinear) for module in tied.modules())
+
+
+def test_kept_weights_become_int8_only_where_that_is_asked_and_the_report_says_by_how_much(tied):
+    assert {row["format"] for row in sk.sparsify(tied, plan=sk.Unmeasured()).swapped} == {"bitmap"}
+    sk.densify(tied)
+    weight = tied.model.layers[0].mlp.up_proj.weight.clone()
+    ids = torch.arange(5)[None]
+    logits = tied(ids).logits
+    report = sk.sparsify(tied, plan=sk.Unmeasured(), values="int8")
+    assert {row["format"] for row in report.swapped} == {"bitmap_int8"}
+    row = next(row for row in report.swapped if row["name"] == "model.layers.0.mlp.up_proj")
+    rounded = tied.model.layers[0].mlp.up_proj.weight
+    assert row["error"] == pytest.approx(float((rounded - weight).norm() / weight.norm()))
+    assert 0 < row["error"] < 0.01
+    assert "weights moved by" in str(report)
+    assert (tied(ids).logits - logits).norm() < 0.05 * logits.norm()
+    tied.bfloat16()
+    assert tied.model.layers[0].mlp.up_proj.dtype == torch.bfloat16
+    assert type(tied.model.layers[0].mlp.up_proj.packed) is BitmapInt8
+
+
+def test_an_output_embedding_in_int8_is_a_copy_and_the_input_embedding_keeps_its_bits(tied):
+    before = tied.model.embed_tokens.weight.clone()
+    report = sk.sparsify(tied, plan=sk.Unmeasured(), lm_head="int8")
+    assert report.swapped[-1]["name"] == "lm_head"
+    assert report.swapped[-1]["format"] == "bitmap_int8"
+    assert report.copied_bytes == tied.lm_head.nbytes
+    assert torch.equal(tied.model.embed_tokens.weight, before)
+    sk.densify(tied)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+
+
+def test_a_plan_checks_int8_kernels_against_their_own_weights():
+    weight = torch.randn(64, 96).mul_(torch.rand(64, 96) < 0.5).bfloat16()
+    packed = BitmapInt8.pack(weight)
+    decision = sk.Plan(seconds=0.0, arena=1 << 16).decide((packed,), weight, tokens=(1, 3))
+    assert decision.format in (None, "bitmap_int8", "dense")
