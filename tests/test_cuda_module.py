@@ -1,0 +1,137 @@
+"""sparsekern._cuda as it was built: every architecture, no spills, few registers, what the main loops cost."""
+
+import functools
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from sparsekern.ops import compiled
+from tests import sass
+
+PACKAGE = Path(compiled.__file__).parents[1]
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120")
+# registers a thread, by what the kernel's name contains: what its blocks need to be as many on a multiprocessor as its
+# file says; a kernel that is not here has room for 512 threads
+REGISTERS = {
+    r"linear_24_kernel\w+Li1E": 64,
+    r"linear_24_kernel\w+Li[24]E": 80,
+    r"linear_24_kernel\w+Li8E": 128,
+    r"linear_24_prefill_kernel\w+TileILi4E": 254,
+    r"linear_24_prefill_kernel\w+TileILi2E\w+Lb1E": 128,
+    r"linear_24_prefill_kernel\w+TileILi2E\w+Lb0E": 138,
+    r"linear_bitmap_kernel": 64,
+}
+MOST_REGISTERS = 128
+# of the loop with the instruction: the dense elements that a pass of it serves, a thread, and what a thread may spend
+# on each. An H200 has 7.8 instructions a dense element at the full bandwidth of its memory.
+LOOPS = [
+    # kernel, loop with, dense elements a thread, instructions an element, POPC an element
+    (r"linear_24_kernel\w+Li1E", "HMMA.SP", 16 * 256 / 32, 1.6, 0),
+    (r"linear_24_kernel\w+Li8E", "HMMA.SP", 16 * 256 / 32, 3.6, 0),
+]
+
+
+@pytest.fixture(scope="module")
+def module():
+    """The file of the built module, and the tool that reads it."""
+    if reason := compiled.why_not("cuda"):
+        pytest.skip(f"sparsekern._cuda: {reason}")
+    tool = sass.cuobjdump()
+    if tool is None:
+        pytest.skip("no cuobjdump was found, neither a toolkit's nor Triton's")
+    return tool, Path(compiled.cuda().__file__)
+
+
+@functools.cache
+def kernels(module, arch):
+    return sass.kernels(*module, arch)
+
+
+def there(module, arch):
+    if arch not in sass.architectures(*module)[0]:
+        pytest.skip(f"this nvcc does not know {arch}")
+
+
+def test_every_architecture_that_the_compiler_knows_is_there_and_ptx_for_those_to_come(module):
+    elf, ptx = sass.architectures(*module)
+    flags = " ".join(json.loads((PACKAGE / "_build.json").read_text())["cuda"]["flags"])
+    assert set(re.findall(r"code=(sm_\w+)", flags)) <= elf
+    assert ptx == {"sm_80"}
+    # CUDA 12.8 is the first to know sm_120
+    if "release 13" in json.loads((PACKAGE / "_build.json").read_text())["cuda"]["compiler"]:
+        assert set(ARCHS) <= elf
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_no_kernel_spills_and_each_keeps_to_its_registers(module, arch):
+    there(module, arch)
+    usage = sass.usage(*module, arch)
+    assert usage
+    assert {name: local for name, (_, local) in usage.items() if local} == {}
+    too_many = {name: used for name, (used, _) in usage.items() if used > most_registers(name)}
+    assert too_many == {}
+
+
+def most_registers(name):
+    return next((most for pattern, most in REGISTERS.items() if re.search(pattern, name)), MOST_REGISTERS)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_no_kernel_reads_or_writes_local_memory(module, arch):
+    there(module, arch)
+    found = {name: kernel.count(opcode) for name, kernel in kernels(module, arch).items() for opcode in ("LDL", "STL")}
+    assert {name: count for name, count in found.items() if count} == {}
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_2_4_weights_meet_the_sparse_tensor_cores(module, arch):
+    there(module, arch)
+    found = {name: kernel for name, kernel in kernels(module, arch).items() if re.search(r"linear_24\w*kernel", name)}
+    if not found:
+        pytest.skip("this module has no kernel for 2:4")
+    for name, kernel in found.items():
+        assert kernel.count("HMMA.SP.16832.F32"), name
+        # a dense tile among them would be a mistake
+        assert kernel.count("HMMA") == kernel.count("HMMA.SP"), name
+
+
+@pytest.mark.parametrize(("pattern", "opcode", "elements", "instructions", "popcounts"), LOOPS, ids=str)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_the_main_loop_costs_few_instructions_a_dense_element(
+    module, arch, pattern, opcode, elements, instructions, popcounts
+):
+    there(module, arch)
+    found = [kernel for name, kernel in kernels(module, arch).items() if re.search(pattern, name)]
+    if not found:
+        pytest.skip(f"this module has no kernel {pattern}")
+    for kernel in found:
+        loop = kernel.loop_with(opcode)
+        assert len(loop.instructions) / elements <= instructions, kernel.name
+        assert loop.count("POPC") / elements <= popcounts, kernel.name
+
+
+LISTING = """
+\t\tFunction : _Z6kernelv
+        /*0000*/                   MOV R1, c[0x0][0x28] ;   /* 0x00000a00ff017b82 */
+        /*0010*/                   LDG.E.128.CONSTANT R4, [R2] ;
+        /*0020*/                   HMMA.SP.16832.F32 R8, R4, R12, R8, R3, 0x0 ;
+        /*0030*/              @!P1 BRA 0x20 ;
+        /*0040*/                   POPC R5, R4 ;
+        /*0050*/               @P0 BRA 0x10 ;
+        /*0060*/              @!P2 BRA 0x80 ;
+        /*0070*/                   EXIT ;
+        /*0080*/                   BRA 0x80;
+"""
+
+
+def test_the_shortest_loop_with_an_instruction_is_found(monkeypatch):
+    usage = " Function _Z6kernelv:\n  REG:47 STACK:8 SHARED:0 LOCAL:4 CONSTANT[0]:424\n"
+    monkeypatch.setattr(sass, "_read", lambda tool, flag, *_: usage if flag == "-res-usage" else LISTING)
+    (kernel,) = sass.kernels("cuobjdump", "module", "sm_90a").values()
+    assert (kernel.registers, kernel.local, len(kernel.instructions)) == (47, 12, 9)
+    assert [each.address for each in kernel.loop_with("HMMA.SP").instructions] == [0x20, 0x30]
+    assert [each.address for each in kernel.loop_with("POPC").instructions] == [0x10, 0x20, 0x30, 0x40, 0x50]
+    with pytest.raises(LookupError, match="_Z6kernelv has no loop with MOV"):
+        kernel.loop_with("MOV")
