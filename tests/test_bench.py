@@ -21,8 +21,7 @@ TINY = [
     ["prune_model.py", "--tiny"],
     ["solver.py", "--tiny", "--methods", "sparsegpt", "admm"],
 ]
-# ops.py is for pytest-benchmark, and run below
-ELSEWHERE = {"train_demo_model.py", "ops.py"}
+ELSEWHERE = {"train_demo_model.py"}
 
 
 def test_every_bench_script_is_run_here():
@@ -69,6 +68,13 @@ def test_fine_tuning_can_be_drawn_and_goes_on_with_what_is_missing(tmp_path, mon
 
 def test_the_benchmarks_of_the_ops_run():
     command = [sys.executable, "-m", "pytest", "-q", "-k", "tiny", "--benchmark-disable", "-p", "no:cacheprovider"]
-    ran = subprocess.run([*command, str(ROOT / "bench/ops.py")], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    ran = subprocess.run([*command, str(ROOT / "bench")], capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert ran.returncode == 0, ran.stdout
     assert "passed" in ran.stdout
+
+
+def test_every_op_has_its_benchmark():
+    ops = {path.stem for path in (ROOT / "sparsekern/ops").glob("*.py")}
+    # what is no op, and one of linear_24's kernels
+    ops -= {"__init__", "kernel", "compiled", "cusparselt"}
+    assert {op for op in ops if not (ROOT / f"bench/ops/bench_{op}.py").exists()} == set()

@@ -1,0 +1,18 @@
+"""linear_24: a product with a 2:4 weight, by each kernel."""
+
+import pytest
+import torch
+
+from sparsekern import ops
+from sparsekern.formats import SemiStructured
+from sparsekern.ops import linear_24
+
+
+@pytest.mark.parametrize("kernel", linear_24.KERNELS, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("tokens", [1, 16, 128])
+def test_linear_24(timed, serves, kernel, tokens, weight):
+    packed = ops.pack(weight, SemiStructured)
+    serves(kernel, packed)
+    x, operands = torch.randn(tokens, weight.shape[1]).to(weight), kernel.prepare(packed)
+    y = timed(kernel.run, x, operands, None, *weight.shape)
+    torch.testing.assert_close(y, x @ weight.T, rtol=2e-2, atol=2e-2 * weight.shape[1] ** 0.5)
