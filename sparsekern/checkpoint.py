@@ -7,7 +7,7 @@ other bit is kept.
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,8 @@ from sparsekern import hf
 from sparsekern.convert import convert
 from sparsekern.formats import Dense
 from sparsekern.linear import SparseLinear
-from sparsekern.manifest import (
-    CONFIG,
-    INDEX,
-    Manifest,
-    Packed,
-    PackedLayer,
-    check_sums,
-    read_manifest,
-    write_compressed,
-)
+from sparsekern.manifest import INDEX, Manifest, check_sums, read_manifest, write_compressed
+from sparsekern.packed_layer import CONFIG, Packed, PackedLayer
 from sparsekern.packing import PackReport, choose, pack, part_of
 from sparsekern.plan import Plan, Unmeasured
 from sparsekern.publish import publish
@@ -227,7 +219,7 @@ def _pack(model: nn.Module) -> tuple[dict[str, PackedLayer], list[Part], PackRep
             report.dense_bytes += weight.nbytes
         else:
             layers[name] = PackedLayer.of(
-                module.format, (module.out_features, module.in_features), module.dtype, module.kept
+                module.format, (module.out_features, module.in_features), module.dtype, module.kept, module.group_size
             )
             parts.append(part_of(name, layers[name], module.kept, lambda module=module: module.packed))
             report.dense_bytes += module.out_features * module.in_features * module.dtype.itemsize
@@ -323,7 +315,7 @@ def _sparse_linear(module: nn.Module, packed: Packed, bias: Stored | None, reade
     device = tensors[0].device if tensors and not tensors[0].is_meta else torch.device("cpu")
     mapped = {name: value for name, value in vars(packed).items() if isinstance(value, Tensor)}
     fields = {name: value.to(device) for name, value in mapped.items()}
-    own = type(packed)(**fields, in_features=packed.in_features)
+    own = replace(packed, **fields)
     made = SparseLinear(own, None if bias is None else reader.read(bias).to(device, copy=True))
     addresses = {value.data_ptr() for value in mapped.values()}
     for name, operand in list(made._buffers.items()):

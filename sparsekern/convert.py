@@ -1,6 +1,7 @@
 """convert: a checkpoint on the disk packed, repacked or unpacked, a tensor at a time; no model is built.
 
-Every bit of every weight stays, but for -0.0 in a weight that is packed, which becomes +0.0.
+Every bit of every weight stays, but for -0.0 in a weight that is packed, which becomes +0.0, and for bitmap_int8, which
+rounds.
 """
 
 import json
@@ -16,8 +17,9 @@ from typing import TypeVar
 from torch import nn
 
 from sparsekern import hf
-from sparsekern.manifest import CONFIG, FORMATS, QUANT_METHOD, Packed, PackedLayer, files_below, write_compressed
+from sparsekern.manifest import QUANT_METHOD, files_below, write_compressed
 from sparsekern.model_files import INDEX
+from sparsekern.packed_layer import CONFIG, FORMATS, Packed, PackedLayer
 from sparsekern.packing import PackReport, choose, pack, part_of
 from sparsekern.publish import publish
 from sparsekern.shards import SHARD_BYTES, Part, Reader, Stored, write
@@ -42,7 +44,8 @@ def convert(
 
     source  a compressed checkpoint, sparse-24-bitmask or sparse-bitmask of compressed-tensors, or dense safetensors
     to      "dense" for a checkpoint that plain transformers loads; "2:4" or "bitmap" for a compressed one, in which the
-            linear layers are packed so that hold that format and where that pays, and the others stay as they were
+            linear layers are packed so that hold that format and where that pays, and the others stay as they were;
+            "bitmap_int8" rounds the kept weights to 8 bits with a scale a row
     layers  the names of the nn.Linear layers; None asks transformers for the model that config.json names
     hashes  check the source's files against its SHA256SUMS, where it has them
 
@@ -88,7 +91,7 @@ def _packed(
         if layer.packed is not None:
             # checked before anything is written
             layer.packed(reader)
-            layers[name] = PackedLayer.of(layer.format, layer.shape, layer.dtype, layer.kept)
+            layers[name] = PackedLayer.of(layer.format, layer.shape, layer.dtype, layer.kept, layer.group_size)
             unchanged = part_of(name, layers[name], layer.kept, lambda read=layer.packed: _fresh(read, reader))
             chosen = None if layer.format is format else choose(layer.dense(reader), format, biases.get(name))
         else:

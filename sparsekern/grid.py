@@ -128,8 +128,11 @@ def _bounds(weight: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
     size = weight.abs().double()
     integers = (size / step[..., None]).round_()
     # half of the last place: bfloat16 has 8 bits, of which eps is the last of 1
-    half = torch.ldexp(torch.full_like(size, torch.finfo(weight.dtype).eps / 4), torch.frexp(size).exponent)
+    mantissa, exponent = torch.frexp(size)
+    half = torch.ldexp(torch.full_like(size, torch.finfo(weight.dtype).eps / 4), exponent)
+    # below a power of two numbers lie twice as close
+    below = torch.where(mantissa == 0.5, half / 2, half)
     nothing, inside = size == 0, integers > 0
-    low = ((size - half) / integers).masked_fill_(nothing, 0.0).masked_fill_(~inside & ~nothing, torch.inf)
+    low = ((size - below) / integers).masked_fill_(nothing, 0.0).masked_fill_(~inside & ~nothing, torch.inf)
     high = ((size + half) / integers).masked_fill_(nothing, torch.inf).masked_fill_(~inside & ~nothing, 0.0)
     return low.amax(dim=-1), high.amin(dim=-1)

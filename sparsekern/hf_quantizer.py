@@ -26,9 +26,11 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparsekern import checkpoint
+from sparsekern.formats import BitmapInt8
 from sparsekern.linear import SparseLinear
-from sparsekern.manifest import FIELDS, INDEX, QUANT_METHOD, Manifest, Packed, check_packed, read_layers, read_manifest
+from sparsekern.manifest import INDEX, QUANT_METHOD, Manifest, read_layers, read_manifest
 from sparsekern.ops import compiled
+from sparsekern.packed_layer import FIELDS, Packed, check_packed
 from sparsekern.shards import Reader
 from sparsekern.swap import densify, replace_module
 
@@ -121,10 +123,10 @@ class Awaiting(nn.Module):
 
     def __init__(self, name: str, manifest: Manifest, linear: nn.Linear):
         super().__init__()
-        self.format, self.in_features = manifest.layers[name].format, linear.in_features
+        self.layer, self.dtype = manifest.layers[name], linear.weight.dtype
         self.stored = manifest.fields(name)
         for field, stored in self.stored.items():
-            dtype = linear.weight.dtype if field == "values" else stored.dtype
+            dtype = self.dtype if field == "values" and self.layer.format is not BitmapInt8 else stored.dtype
             self.register_buffer(field, torch.empty(stored.shape, dtype=dtype, device="meta"))
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
         # some models' _init_weights fill every weight they know: here is nothing to fill
@@ -132,13 +134,16 @@ class Awaiting(nn.Module):
 
     def packed(self) -> Packed:
         """What was read. Raises ValueError when its parts contradict each other."""
-        packed = self.format(*(self._read(field) for field in FIELDS[self.format]), self.in_features)
+        packed = self.layer.packed({field: self._read(field) for field in FIELDS[self.layer.format]}, self.dtype)
         check_packed(packed)
         return packed
 
     def _read(self, field: str) -> Tensor:
         tensor, stored = getattr(self, field), self.stored[field]
-        if tensor.dtype == stored.dtype or field == "values":
+        # scales are float32 whatever the model is cast to, and may have been cast there and back
+        if field == "values" and self.layer.format is not BitmapInt8:
+            return tensor
+        if tensor.dtype == stored.dtype and field != "scales":
             return tensor
         # transformers before 5.23 makes float32 of everything in a module that a model keeps in it, as T5 its wo
         with Reader() as reader:

@@ -112,10 +112,18 @@ class SparseLinear(nn.Module):
         self.dtype = packed.dtype
         # a dense weight keeps all
         self.kept = packed.values.numel() if hasattr(packed, "values") else packed.shape.numel()
+        # inputs that share a scale, where there are scales
+        self.group_size = getattr(packed, "group_size", None)
         operands = kernel.prepare(packed)
         self._operand_names = tuple(f"operand_{i}" for i in range(len(operands)))
         for name, operand in zip(self._operand_names, operands, strict=True):
             self.register_buffer(name, operand, persistent=False)
+
+    def _pack(self, weight: Tensor) -> Packed:
+        return pack(weight, self.format) if self.group_size is None else self.format.pack(weight, self.group_size)
+
+    def _holds(self, weight: Tensor) -> bool:
+        return self.format is BitmapInt8 and torch.equal(self._dense(), weight)
 
     def _dense(self) -> Tensor:
         operands = tuple(self._buffers[name] for name in self._operand_names)
@@ -136,7 +144,7 @@ class SparseLinear(nn.Module):
             return self
         if empty_like.called:
             # to_empty() leaves what happens to be in memory, which must not be taken for a bitmap
-            packed = pack(probe.new_zeros(self.out_features, self.in_features), self.format)
+            packed = self._pack(probe.new_zeros(self.out_features, self.in_features))
         else:
             # a kernel's own order may not survive another dtype or device: go through the canonical one
             packed = self.packed
@@ -166,7 +174,9 @@ class SparseLinear(nn.Module):
             # on the meta device nothing can be packed: the layer comes to where its values are
             device = weight.device if self.device.type == "meta" else self.device
             try:
-                packed = pack(weight.detach().to(device, self.dtype), self.format)
+                weight = weight.detach().to(device, self.dtype)
+                # what a layer of fewer bits gave away rounded is not rounded again
+                packed = self.packed if device == self.device and self._holds(weight) else self._pack(weight)
                 if device == self.device:
                     self._adopt(packed, self.kernel)
                 else:

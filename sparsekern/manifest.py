@@ -1,8 +1,9 @@
 """manifest: what a compressed checkpoint says it holds, read and checked before any tensor is.
 
     config.json                            quantization_config names each packed layer: format, shape, pattern, dtype
-    sparsekern-00001-of-0000N.safetensors  L.values, L.bitmap, L.row_offsets of a bitmap layer L; L.values, L.metadata
-                                           of a 2:4 one; every other tensor under its own name, tied ones once
+    sparsekern-00001-of-0000N.safetensors  L.values, L.bitmap, L.row_offsets of a bitmap layer L, L.scales if it is
+                                           int8; L.values, L.metadata of a 2:4 one; every other tensor under its
+                                           own name, tied ones once
     sparsekern.safetensors.index.json      which shard holds which tensor, as transformers reads it
     SHA256SUMS                             of every other file, as sha256sum writes it
 
@@ -21,60 +22,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from sparsekern.formats import Bitmap, SemiStructured
-from sparsekern.formats.bitmap import DTYPES
-from sparsekern.ops import bitmap_rows
-from sparsekern.shards import DAMAGED, SHARD_BYTES, Part, Reader, Stored, read_header, read_json, shape_of, write
-
-Packed = Bitmap | SemiStructured
+from sparsekern.formats import SemiStructured
+from sparsekern.packed_layer import CONFIG, FIELDS, Packed, PackedLayer, check_packed, pattern_of, read_layer
+from sparsekern.shards import DAMAGED, SHARD_BYTES, Part, Reader, Stored, read_header, read_json, write
 
 QUANT_METHOD = "sparsekern"
 FORMAT_VERSION = 1
 STEM = "sparsekern"
 INDEX = "sparsekern.safetensors.index.json"
-CONFIG = "config.json"
 SUMS = "SHA256SUMS"
-FORMATS = {format.name: format for format in (Bitmap, SemiStructured)}
-FIELDS = {Bitmap: ("values", "bitmap", "row_offsets"), SemiStructured: ("values", "metadata")}
-DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 _SHARD = re.compile(rf"{STEM}-(\d{{5}})-of-(\d{{5}})\.safetensors")
 _SUM = re.compile(r"([0-9a-f]{64})  ([^\\\n]+)")
 _CHUNK_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class PackedLayer:
-    """One packed layer as config.json has it; `pattern` is "2:4", or the sparsity of a bitmap in words: "50.0%"."""
-
-    format: type[Packed]
-    shape: tuple[int, int]
-    pattern: str
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, format: type[Packed], shape: tuple[int, int], dtype: torch.dtype, kept: int) -> "PackedLayer":
-        """The entry of a layer that keeps `kept` weights."""
-        return cls(format, tuple(shape), _pattern(format, tuple(shape), kept), dtype)
-
-    def tensors(self, kept: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """The fields as they are stored, dtype and shape."""
-        out_features, in_features = self.shape
-        if self.format is Bitmap:
-            return {
-                "values": (self.dtype, (kept,)),
-                "bitmap": (torch.uint8, (out_features, -(-in_features // 8))),
-                "row_offsets": (torch.int64, (out_features + 1,)),
-            }
-        return {
-            "values": (self.dtype, (out_features, in_features // 2)),
-            "metadata": (torch.int16, (out_features, -(-in_features // 16))),
-        }
-
-    def to_json(self) -> dict[str, Any]:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return {"format": self.format.name, "shape": list(self.shape), "pattern": self.pattern, "dtype": dtype}
 
 
 @dataclass(frozen=True)
@@ -106,24 +65,12 @@ class Manifest:
         Raises ValueError naming the layer and what contradicts in it.
         """
         fields = {field: reader.read(stored) for field, stored in self.fields(name).items()}
-        packed = self.layers[name].format(**fields, in_features=self.layers[name].shape[1])
+        packed = self.layers[name].packed(fields)
         try:
             check_packed(packed)
         except ValueError as error:
             raise ValueError(f"{self.tensors[f'{name}.values'].file.name}: {name}: {error}; {DAMAGED}") from error
         return packed
-
-
-def check_packed(packed: Packed) -> None:
-    """Raises ValueError when the parts of `packed` contradict each other, or its values are not finite."""
-    if isinstance(packed, Bitmap):
-        bitmap_rows.validate(packed)
-    else:
-        packed.validate()
-    # the extremes, which NaN becomes, are found without memory of their own
-    if packed.values.numel() and not all(extreme.isfinite() for extreme in packed.values.aminmax()):
-        missing = int((~packed.values.isfinite()).sum())
-        raise ValueError(f"values must be finite as {packed.dtype}, got {missing} NaN or infinite ones")
 
 
 def quantization_config(layers: Mapping[str, PackedLayer]) -> dict[str, Any]:
@@ -183,7 +130,7 @@ def read_layers(config: Mapping[str, Any]) -> dict[str, PackedLayer]:
     entries = quantization.get("layers")
     if type(entries) is not dict:
         raise ValueError(f"{CONFIG}: quantization_config must have layers by name, got {entries!r:.80}; {DAMAGED}")
-    return {name: _layer(name, entry) for name, entry in entries.items()}
+    return {name: read_layer(name, entry) for name, entry in entries.items()}
 
 
 def write_compressed(
@@ -307,28 +254,6 @@ def _read_index(directory: Path) -> tuple[dict[str, str], int]:
     return weight_map, metadata["total_size"]
 
 
-def _layer(name: str, entry: Any) -> PackedLayer:
-    def refuse(rule: str, value: Any) -> ValueError:
-        return ValueError(f"{CONFIG}: {name!r:.80}: {rule}, got {value!r:.80}; {DAMAGED}")
-
-    if not name.isprintable() or not name:
-        raise refuse("the name of a layer must be printable", name)
-    if type(entry) is not dict or entry.keys() != {"format", "shape", "pattern", "dtype"}:
-        raise refuse("must have format, shape, pattern and dtype", entry)
-    if type(entry["format"]) is not str or entry["format"] not in FORMATS:
-        raise refuse(f"format must be one of {', '.join(FORMATS)}", entry["format"])
-    if type(entry["dtype"]) is not str or entry["dtype"] not in DTYPE_NAMES:
-        raise refuse(f"dtype must be one of {', '.join(DTYPE_NAMES)}", entry["dtype"])
-    format, shape = FORMATS[entry["format"]], shape_of(entry["shape"])
-    if shape is None or len(shape) != 2:
-        raise refuse("shape must be out_features and in_features", entry["shape"])
-    if format is SemiStructured and shape[1] % 4:
-        raise refuse("in_features of a 2:4 layer must be a multiple of 4", entry["shape"])
-    if type(entry["pattern"]) is not str:
-        raise refuse("pattern must be a text", entry["pattern"])
-    return PackedLayer(format, shape, entry["pattern"], DTYPE_NAMES[entry["dtype"]])
-
-
 def _check_fields(name: str, layer: PackedLayer, tensors: Mapping[str, Stored]) -> None:
     """Raises ValueError when the stored fields of `layer` are not what config.json says."""
     for field in FIELDS[layer.format]:
@@ -347,9 +272,9 @@ def _check_fields(name: str, layer: PackedLayer, tensors: Mapping[str, Stored]) 
                 f"{stored.file.name}: {name}.{field} must be {list(shape)} of {dtype} by {CONFIG}, "
                 f"got {list(stored.shape)} of {stored.dtype}; {DAMAGED}"
             )
-    if layer.format is Bitmap and kept > layer.shape[0] * layer.shape[1]:
+    if layer.format is not SemiStructured and kept > layer.shape[0] * layer.shape[1]:
         raise ValueError(f"{CONFIG}: {name}: shape {list(layer.shape)} cannot hold {kept:,} values; {DAMAGED}")
-    if layer.pattern != (expected := _pattern(layer.format, layer.shape, kept)):
+    if layer.pattern != (expected := pattern_of(layer.format, layer.shape, kept)):
         raise ValueError(f"{CONFIG}: {name}: pattern must be {expected!r}, got {layer.pattern!r:.80}; {DAMAGED}")
     bias = tensors.get(f"{name}.bias")
     if bias is not None and bias.shape != layer.shape[:1]:
@@ -362,11 +287,6 @@ def _refuse_unnamed(layers: Mapping[str, PackedLayer], tensors: Mapping[str, Sto
         layer, _, field = name.rpartition(".")
         if field == "values" and layer not in layers and {f"{layer}.bitmap", f"{layer}.metadata"} & tensors.keys():
             raise ValueError(f"{CONFIG}: {layer} is stored packed, but quantization_config does not name it; {DAMAGED}")
-
-
-def _pattern(format: type[Packed], shape: tuple[int, int], kept: int) -> str:
-    size = shape[0] * shape[1]
-    return f"{1 - kept / size if size else 0:.1%}" if format is Bitmap else "2:4"
 
 
 def _same(first_place: str, second_place: str, what: str, first: Iterable[str], second: Iterable[str]) -> None:

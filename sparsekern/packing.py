@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsekern.formats import Bitmap, SemiStructured
+from sparsekern.formats import Bitmap, BitmapInt8, SemiStructured
 from sparsekern.formats.bitmap import DTYPES
-from sparsekern.manifest import FIELDS, Packed, PackedLayer
 from sparsekern.ops import bitmap_rows
+from sparsekern.packed_layer import FIELDS, Packed, PackedLayer
 from sparsekern.shards import Part
 
 # what is looked at in one go: little beside a layer, and most of it in a core's cache
@@ -48,7 +48,8 @@ def choose(
 ) -> tuple[PackedLayer, int] | str:
     """How `weight` [out_features, in_features] is packed and how many weights it keeps, or why it stays dense.
 
-    to    the format to pack in; None takes the smaller one: bitmap, or 2:4 where that holds
+    to    the format to pack in; None takes the smaller one: bitmap, or 2:4 where that holds. Into bitmap_int8 a weight
+          is rounded, with a scale a row
     bias  dtype of the layer's bias, None for none: a SparseLinear takes none but its weight's
 
     A format is taken where it holds and takes fewer bytes than the dense weight.
@@ -64,6 +65,12 @@ def choose(
         return "it holds NaN or infinite values"
     bitmap, row_offsets = found
     kept = int(row_offsets[-1])
+    if to is BitmapInt8:
+        unrounded = PackedLayer.of(Bitmap, tuple(weight.shape), weight.dtype, kept)
+        if nbytes(unrounded, kept) >= weight.nbytes:
+            return "it is not pruned: only what pays as a bitmap is rounded"
+        # what is rounded to zero is not kept
+        kept = len(BitmapInt8.pack(weight).values)
     # the bits after the last input are 0, so half a byte may be looked at that is no group
     is_24 = weight.shape[1] % 4 == 0 and not (most_of_four(bitmap) > 2).any()
     if to is SemiStructured and not is_24:
@@ -80,6 +87,8 @@ def pack(weight: Tensor, format: type[Packed]) -> Packed:
     """What format.pack does, taking little memory beside its result: by a kernel, or some rows at a time."""
     if format is Bitmap:
         return bitmap_rows.pack(weight.detach())
+    if format is BitmapInt8:
+        return BitmapInt8.pack(weight)
     chunks = [format.pack(rows) for rows in _by_rows(weight.detach())]
     fields = {field: torch.cat([getattr(chunk, field) for chunk in chunks]) for field in FIELDS[format]}
     return format(**fields, in_features=weight.shape[1])

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sparsekern import compressed_tensors, model_files
-from sparsekern.manifest import CONFIG, QUANT_METHOD, SUMS, Packed, check_sums, read_manifest, regular
+from sparsekern.manifest import QUANT_METHOD, SUMS, check_sums, read_manifest, regular
+from sparsekern.packed_layer import CONFIG, Packed
 from sparsekern.shards import DAMAGED, Reader, Stored, read_json
 
 
@@ -28,6 +29,7 @@ class SourceLayer:
     packed: Callable[[Reader], Packed] | None = None
     format: type[Packed] | None = None
     kept: int = 0
+    group_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,14 @@ def _compressed(directory: Path, hashes: bool) -> Source:
     for name, layer in manifest.layers.items():
         kept = manifest.tensors[f"{name}.values"].shape[0]
         read = partial(manifest.packed, name)
-        layers[name] = SourceLayer(
-            layer.shape, layer.dtype, lambda reader, read=read: read(reader).to_dense(), read, layer.format, kept
-        )
+        dense = partial(_dense, read)
+        layers[name] = SourceLayer(layer.shape, layer.dtype, dense, read, layer.format, kept, layer.group_size)
     bare = {key: value for key, value in manifest.config.items() if key != "quantization_config"}
     return Source(directory, QUANT_METHOD, bare, layers, manifest.others())
+
+
+def _dense(read: Callable[[Reader], Packed], reader: Reader) -> Tensor:
+    return read(reader).to_dense()
 
 
 def _tensors(directory: Path) -> dict[str, Stored]:

@@ -152,7 +152,7 @@ def test_what_cannot_be_converted_is_refused_and_nothing_is_left(tmp_path):
     (tmp_path / "pickle" / "pytorch_model.bin").write_text("")
     before = sorted(os.listdir(tmp_path))
     for source, to, message in (
-        (dense, "csr", "to must be one of dense, bitmap, 2:4, got 'csr'"),
+        (dense, "csr", "to must be one of dense, bitmap, 2:4, bitmap_int8, got 'csr'"),
         (dense, "bitmap", "dense' has no linear layer to pack as bitmap, such as .* as bitmap it would take"),
         (dense, "2:4", "has no linear layer to pack as 2:4, such as .*: it is not 2:4"),
         (tmp_path / "nothing", "dense", "no such directory"),

@@ -218,7 +218,7 @@ DAMAGE = {
     "a shape lies": (set_entry(shape=[32, 48]), rf"{UP}\.bitmap must be \[32, 6\]"),
     "a dtype lies": (set_entry(dtype="bfloat16"), rf"{UP}\.values must be"),
     "a format lies": (set_entry(format="2:4", pattern="2:4"), rf"{UP} is packed as 2:4, but {UP}\.metadata is missing"),
-    "a format is unknown": (set_entry(format="csr"), "format must be one of bitmap, 2:4, got 'csr'"),
+    "a format is unknown": (set_entry(format="csr"), "format must be one of bitmap, 2:4, bitmap_int8, got 'csr'"),
     "an offset lies": (lambda t, e, w, c: t[f"{UP}.row_offsets"][3:4].add_(1), f"{UP}: bitmap keeps"),
     "a bit too many": (
         lambda t, e, w, c: t[f"{UP}.bitmap"][0, 0].fill_(255),

@@ -63,15 +63,16 @@ ARROWS = {
     "linear": {"formats", "lazy_weight", "ops"},
     "swap": {"decisions", "formats", "linear", "ops", "plan"},
     "shards": set(),
-    "manifest": {"formats", "ops", "shards"},
-    "packing": {"formats", "manifest", "ops", "shards"},
+    "packed_layer": {"formats", "ops", "shards"},
+    "manifest": {"formats", "packed_layer", "shards"},
+    "packing": {"formats", "ops", "packed_layer", "shards"},
     "state": {"linear"},
     "compressed_tensors": {"formats", "shards"},
-    "sources": {"compressed_tensors", "manifest", "model_files", "shards"},
-    "convert": {"hf", "manifest", "model_files", "packing", "publish", "shards", "sources"},
-    "checkpoint": {"convert", "manifest", "ops", "packing", "shards", "state", "linear", "swap", "plan"}
+    "sources": {"compressed_tensors", "manifest", "model_files", "packed_layer", "shards"},
+    "convert": {"hf", "manifest", "model_files", "packed_layer", "packing", "publish", "shards", "sources"},
+    "checkpoint": {"convert", "manifest", "packing", "packed_layer", "shards", "state", "linear", "swap", "plan"}
     | {"formats", "publish", "hf"},
-    "hf_quantizer": {"ops", "linear", "manifest", "shards", "swap", "checkpoint"},
+    "hf_quantizer": {"formats", "ops", "linear", "manifest", "packed_layer", "shards", "swap", "checkpoint"},
 }
 # the two halves meet in an ordinary nn.Linear whose weight holds zeros, and nowhere else
 PRUNE = {"batches", "calibrate", "experts", "gradients", "methods", "oneshot", "lottery", "permute", "allocation"} | {

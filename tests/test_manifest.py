@@ -101,7 +101,7 @@ CONFIG_LIES = {
     "another format": (lambda c: layers(c)["a"].update(format="2:4", shape=[6, 20]), "a.metadata is missing"),
     "an unknown format": (
         lambda c: layers(c)["a"].update(format="csr"),
-        "format must be one of bitmap, 2:4, got 'csr'",
+        "format must be one of bitmap, 2:4, bitmap_int8, got 'csr'",
     ),
     "a format of numbers": (lambda c: layers(c)["a"].update(format=[1]), "format must be one of"),
     "another dtype": (lambda c: layers(c)["a"].update(dtype="float16"), r"a.values must be \[\d+\] of torch.float16"),

@@ -18,7 +18,7 @@ EXAMPLE = "`sparsekern convert OUT PACKED --to bitmap`"
 def command(
     source: Annotated[Path, typer.Argument(help="dense, compressed, or sparse compressed-tensors checkpoint")],
     output: Annotated[Path, typer.Argument(help="directory to write; must not exist")],
-    to: Annotated[str, typer.Option(help="dense, which plain transformers loads; 2:4 or bitmap")],
+    to: Annotated[str, typer.Option(help="dense, which plain transformers loads; 2:4 or bitmap; bitmap_int8, rounded")],
     layer: Annotated[
         list[str] | None, typer.Option(help="an nn.Linear, where config.json names no model; may be repeated")
     ] = None,
@@ -26,7 +26,10 @@ def command(
     shard_bytes: Annotated[int, typer.Option(help="the most that a file of weights takes")] = SHARD_BYTES,
     as_json: AsJson = False,
 ):
-    """Write the checkpoint SOURCE to OUTPUT with its linear layers packed or dense: the same bits, tensor by tensor."""
+    """Write the checkpoint SOURCE to OUTPUT with its linear layers packed or dense: the same bits, tensor by tensor.
+
+    Only bitmap_int8 rounds: the kept weights of each row to 8 bits, unless they lie on such a grid.
+    """
     hf.quiet()
     report = convert(source, output, to, layers=layer, hashes=hashes, shard_bytes=shard_bytes)
 

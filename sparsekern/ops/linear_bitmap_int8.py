@@ -10,7 +10,7 @@ The CPU kernels read the weight in panels of 16 outputs (csrc/ops.h):
     masks          [panels, blocks, 16] int64, bit 4n + j of mask q = row n, input 4q + j of the block of 64 is kept
     values         [kept] int8 in the order of the bits, and TAIL_BYTES of zeros that a kernel may touch
     panel_offsets  [panels + 1] int64, where each panel's values start
-    scales         [panels, groups, 16] float32
+    scales         [panels, groups, 16] float32, held as int32 so that a model's cast to another dtype leaves them alone
     kind           [0, group_size or 0] in the dtype of x: what no other operand says
 
 A token with a NaN or infinite input has NaN in every output. A token whose largest input is below 2^-112 loses bits.
@@ -63,7 +63,13 @@ def to_panels(packed: BitmapInt8, isa: str = "") -> Operands:
         raise RuntimeError(f"row {row} changed while it was read")
     scales = pad(packed.scales, (0, 0, 0, panels * PANEL_ROWS - out_features))
     scales = scales.view(panels, PANEL_ROWS, packed.groups).transpose(1, 2).contiguous()
-    return masks, values, panel_offsets, scales, torch.empty(0, packed.group_size or 0, dtype=packed.dtype)
+    return (
+        masks,
+        values,
+        panel_offsets,
+        scales.view(torch.int32),
+        torch.empty(0, packed.group_size or 0, dtype=packed.dtype),
+    )
 
 
 def from_panels(operands: Operands, out_features: int, in_features: int, isa: str = "") -> BitmapInt8:
@@ -80,7 +86,7 @@ def from_panels(operands: Operands, out_features: int, in_features: int, isa: st
             f"masks of panel {panel} must keep as many weights as panel_offsets say, and none after the last row or "
             "input"
         )
-    scales = panel_scales.transpose(1, 2).flatten(0, 1)[:out_features].contiguous()
+    scales = panel_scales.view(torch.float32).transpose(1, 2).flatten(0, 1)[:out_features].contiguous()
     return BitmapInt8(values, scales, bitmap, row_offsets, in_features, kind.shape[1] or None, kind.dtype)
 
 
@@ -264,12 +270,13 @@ def cpu_refuses(packed: BitmapInt8) -> str | None:
 def _as_saved(packed: BitmapInt8) -> Operands:
     packed.validate()
     kind = torch.empty(0, packed.group_size or 0, dtype=packed.dtype, device=packed.device)
-    return packed.values, packed.scales, packed.bitmap, packed.row_offsets, kind
+    return packed.values, packed.scales.view(torch.int32), packed.bitmap, packed.row_offsets, kind
 
 
 def _from_saved(operands: Operands, out_features: int, in_features: int) -> BitmapInt8:
-    *fields, kind = operands
-    return BitmapInt8(*fields, in_features, kind.shape[1] or None, kind.dtype)
+    values, scales, bitmap, row_offsets, kind = operands
+    scales, group_size = scales.view(torch.float32), kind.shape[1] or None
+    return BitmapInt8(values, scales, bitmap, row_offsets, in_features, group_size, kind.dtype)
 
 
 def _run_reference(x: Tensor, operands: Operands, bias: Tensor | None, out_features: int, in_features: int) -> Tensor:
