@@ -16,8 +16,7 @@ ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120")
 # file says; a kernel that is not here has room for 512 threads
 REGISTERS = {
     r"linear_24_kernel\w+Li1E": 64,
-    r"linear_24_kernel\w+Li[24]E": 80,
-    r"linear_24_kernel\w+Li8E": 128,
+    r"linear_24_kernel\w+Li[248]E": 128,
     r"linear_24_prefill_kernel\w+TileILi4E": 254,
     r"linear_24_prefill_kernel\w+TileILi2E\w+Lb1E": 128,
     r"linear_24_prefill_kernel\w+TileILi2E\w+Lb0E": 138,

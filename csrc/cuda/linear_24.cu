@@ -1,18 +1,21 @@
 // linear_24, 1 to 64 tokens: the weight streams through the tensor cores once, at the speed of memory.
 //
-// y^T = W x^T + bias by mma.sp.m16n8k32: outputs are its rows and tokens its columns, so that 8 tokens cost what one does.
+// y^T = W x^T + bias by mma.sp.m16n8k32: its rows are outputs, its columns tokens, so that 8 tokens cost what one does.
 // A warp multiplies chunks of 16 outputs x 256 inputs: nine 16-byte loads a lane, all under way at once, go straight to
 // the registers that mma.sp reads. A block has warps_m x warps_k warps: the former share x, each with 16 outputs of its
-// own, the latter share the outputs, each with every warps_k-th chunk. Their sums meet in shared memory, in a fixed order.
-// Where that leaves multiprocessors idle, `splits` blocks share the chunks of the same outputs; the last one to come adds
-// what they left in `workspace`, again in a fixed order: the same bits every time.
+// own, the latter share the outputs, each with every warps_k-th chunk. Their sums meet in shared memory, in a fixed
+// order. Where that leaves multiprocessors idle, `splits` blocks share the chunks of the same outputs; the last one to
+// come adds what they left in `workspace`, again in a fixed order: the same bits every time.
 //
 // x comes in chunks of 256 inputs, row by row, 16 bytes apart from a multiple of 512, where ldmatrix finds B fragments
 // without bank conflicts. It is waited for while the weight is under way. Inputs past the last one are zeros in both.
 //
 // Bytes: 4608 a chunk of 4096 weights (1.125 a dense element, 0.5625 of dense bf16), read once, and 512 of x for each
-// token and warps_m chunks, from L2. An H200 needs latency x bandwidth = 0.8 us x 4.3 TB/s / 132 = 26 KB under way on each
-// multiprocessor: six warps' chunks; two blocks of 16 warps have 147 KB, three of 8 have 110 KB.
+// token and warps_m chunks, from L2. Instructions at 1 token: 132 of a warp for a chunk, 1.03 of a thread for a dense
+// element, of which an H200 affords 7.8. Registers for up to 8, 16, 32 and 64 tokens: 64, 76, 78 and 94 (sm_90a, nvcc
+// 13.0), so 32, 16, 16 and 16 warps on a multiprocessor, with 147 KB or 74 KB of weights under way, where latency x
+// bandwidth = 0.8 us x 4.3 TB/s / 132 = 26 KB. At 64 tokens ldmatrix reads 32 KB of shared memory a chunk: 256 cycles,
+// in which memory brings 1.04 chunks; there that is the limit. All of this is counted, none of it measured.
 
 #include <algorithm>
 #include <cstddef>
@@ -29,9 +32,9 @@ constexpr int kPieceInputs = 8;                   // 16 bytes
 constexpr int kSelectors = 2;                     // tiles whose positions share a register
 constexpr int kResultFloats = 32 * 4;             // a warp's sums of 16 outputs x 8 tokens
 
-// Warps of a block, and blocks that a multiprocessor must have room for: 64, 80 or 128 registers a thread.
-constexpr int max_warps(int token_tiles) { return token_tiles == 1 ? 16 : 8; }
-constexpr int resident_blocks(int token_tiles) { return token_tiles == 2 || token_tiles == 4 ? 3 : 2; }
+// Warps of a block at most, and blocks of so many that a multiprocessor has room for: 64 or 128 registers a thread.
+constexpr int kMaxWarps = 16;
+constexpr int resident_blocks(int token_tiles) { return token_tiles == 1 ? 2 : 1; }
 
 __device__ inline float to_float(__half value) { return __half2float(value); }
 __device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
@@ -41,8 +44,7 @@ __device__ inline void store(__nv_bfloat16* to, float value) { *to = __float2bfl
 
 // How the work is divided, worked out once on the host: a block's first instructions are on the way of its first load.
 struct Work {
-  int64_t out_features;
-  int in_features, tokens, panels, chunks;
+  int out_features, in_features, tokens, panels, chunks;
   int warps_m_log2, warps_k;
   int splits, split_chunks;  // blocks that share outputs, and chunks of each; the last have fewer
 };
@@ -110,8 +112,20 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[kTokenTiles][4], con
   }
 }
 
+// part(0) + part(1) + ... in this order
+template <typename Part>
+__device__ __forceinline__ float4 sum_of(int count, Part part) {
+  float4 sum = part(0);
+#pragma unroll 4
+  for (int k = 1; k < count; ++k) {
+    const float4 next = part(k);
+    sum = make_float4(sum.x + next.x, sum.y + next.y, sum.z + next.z, sum.w + next.w);
+  }
+  return sum;
+}
+
 template <typename Value, int kTokenTiles>
-__global__ void __launch_bounds__(32 * max_warps(kTokenTiles), resident_blocks(kTokenTiles)) linear_24_kernel(
+__global__ void __launch_bounds__(32 * kMaxWarps, resident_blocks(kTokenTiles)) linear_24_kernel(
     const Value* __restrict__ x,            // [tokens, in_features]
     const Value* __restrict__ values,       // [panels, chunks, kChunkValues]
     const uint32_t* __restrict__ metadata,  // [panels, chunks, kChunkWords]
@@ -120,7 +134,7 @@ __global__ void __launch_bounds__(32 * max_warps(kTokenTiles), resident_blocks(k
     float4* __restrict__ partial,           // [splits, gridDim.x, warps_m, kTokenTiles, 32 lanes], where splits > 1
     unsigned* __restrict__ arrived,         // [gridDim.x] zero before and after, where splits > 1
     Work work) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int warps_m = 1 << work.warps_m_log2;
   const int warp_m = warp & (warps_m - 1), warp_k = warp >> work.warps_m_log2;
   const int end = min((static_cast<int>(blockIdx.y) + 1) * work.split_chunks, work.chunks);
@@ -131,6 +145,11 @@ __global__ void __launch_bounds__(32 * max_warps(kTokenTiles), resident_blocks(k
   const int first_chunk = panel * work.chunks;  // of the panel, in the weight
   Weights weights;
   if (chunk < end) load_weights(weights, values, metadata, first_chunk + chunk, lane);
+  // one of the block's outputs for each of the first threads: on the way with the weight, not waited for at the end
+  const int block_outputs = warps_m * static_cast<int>(kPanelRows);
+  const int first_output = static_cast<int>(blockIdx.x) * block_outputs;
+  const bool has_bias = bias != nullptr && thread < block_outputs && first_output + thread < work.out_features;
+  const Value own_bias = has_bias ? bias[first_output + thread] : Value{};
 
   // fewer than 8 tokens have as many rows, a lane without one reads the last; more have all rows, some never written:
   // what stands there reaches only columns that are never stored
@@ -165,56 +184,51 @@ __global__ void __launch_bounds__(32 * max_warps(kTokenTiles), resident_blocks(k
     meet_slot();
   }
 
-  // the sums of all warps: [warps_k, warps_m, kTokenTiles, 32 lanes]
+  // the sums of all warps: [warps_k, warps_m, kTokenTiles, 32 lanes], then the bias of the block's outputs
+  const int results = warps_m * kTokenTiles * 32;
   auto* sums_smem = reinterpret_cast<float4*>(ptx::shared_memory());
+  auto* bias_smem = reinterpret_cast<float*>(sums_smem + work.warps_k * results);
   __syncthreads();
 #pragma unroll
   for (int n = 0; n < kTokenTiles; ++n) {
     sums_smem[(warp * kTokenTiles + n) * 32 + lane] = make_float4(sums[n][0], sums[n][1], sums[n][2], sums[n][3]);
   }
+  if (thread < block_outputs) bias_smem[thread] = to_float(own_bias);
   __syncthreads();
 
-  const int results = warps_m * kTokenTiles * 32;
-  const auto sum_of = [&](const float4* parts, int64_t count, int64_t stride, int i) {
-    float4 sum = parts[i];
-    for (int64_t k = 1; k < count; ++k) {
-      const float4 part = parts[k * stride + i];
-      sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
-    }
-    return sum;
+  const auto sum_of_warps = [&](int i) {
+    return sum_of(work.warps_k, [&](int k) { return sums_smem[k * results + i]; });
   };
   const auto store_y = [&](float4 sum, int i) {
-    const int n = i / 32 % kTokenTiles;
-    const int64_t first_out =
-        ((static_cast<int64_t>(blockIdx.x) << work.warps_m_log2) + i / (32 * kTokenTiles)) * kPanelRows;
+    const int n = i / 32 % kTokenTiles, first_row = i / (32 * kTokenTiles) * static_cast<int>(kPanelRows);
     const float parts[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const int64_t out = first_out + i % 32 / 4 + j / 2 * 8;
-      const int token = n * kTileTokens + i % 4 * 2 + j % 2;
-      if (out >= work.out_features || token >= tokens) continue;
-      store(y + token * work.out_features + out, parts[j] + (bias == nullptr ? 0.0f : to_float(bias[out])));
+      const int row = first_row + i % 32 / 4 + j / 2 * 8, token = n * kTileTokens + i % 4 * 2 + j % 2;
+      if (first_output + row >= work.out_features || token >= tokens) continue;
+      store(y + static_cast<int64_t>(token) * work.out_features + first_output + row, parts[j] + bias_smem[row]);
     }
   };
 
   if (work.splits == 1) {
-    for (int i = threadIdx.x; i < results; i += blockDim.x) store_y(sum_of(sums_smem, work.warps_k, results, i), i);
+    for (int i = thread; i < results; i += blockDim.x) store_y(sum_of_warps(i), i);
     return;
   }
   const int64_t split_stride = static_cast<int64_t>(gridDim.x) * results;
   partial += static_cast<int64_t>(blockIdx.x) * results;
-  for (int i = threadIdx.x; i < results; i += blockDim.x) {
-    partial[blockIdx.y * split_stride + i] = sum_of(sums_smem, work.warps_k, results, i);
-  }
+  for (int i = thread; i < results; i += blockDim.x) partial[blockIdx.y * split_stride + i] = sum_of_warps(i);
   __threadfence();
   __syncthreads();
-  auto* is_last = reinterpret_cast<bool*>(ptx::shared_memory());
+  auto* is_last = reinterpret_cast<int*>(sums_smem);
   // the count goes back to zero by itself
-  if (threadIdx.x == 0) *is_last = atomicInc(arrived + blockIdx.x, work.splits - 1) == work.splits - 1u;
+  if (thread == 0) *is_last = atomicInc(arrived + blockIdx.x, work.splits - 1) == work.splits - 1u;
   __syncthreads();
   if (!*is_last) return;
   __threadfence();
-  for (int i = threadIdx.x; i < results; i += blockDim.x) store_y(sum_of(partial, work.splits, split_stride, i), i);
+  for (int i = thread; i < results; i += blockDim.x) {
+    // what other multiprocessors wrote is in L2
+    store_y(sum_of(work.splits, [&](int k) { return __ldcg(partial + k * split_stride + i); }), i);
+  }
 }
 
 // Warps of a block and blocks that share outputs.
@@ -247,7 +261,8 @@ int64_t shared_bytes(const Division& division, int64_t tokens) {
   const int64_t rows = tokens < kTileTokens ? tokens : (tokens + kTileTokens - 1) / kTileTokens * kTileTokens;
   const int64_t x_bytes = division.warps_k * rows * kRowBytes;
   const int64_t sums_bytes = int64_t{4} * kResultFloats * division.warps() * token_tiles_of(tokens);
-  return std::max(x_bytes, sums_bytes);
+  const int64_t bias_bytes = (kPanelRows << division.warps_m_log2) * int64_t{4};
+  return std::max(x_bytes, sums_bytes + bias_bytes);
 }
 
 int64_t partial_bytes(const Division& division, int64_t tokens, int64_t panels) {
@@ -259,31 +274,36 @@ int64_t partial_bytes(const Division& division, int64_t tokens, int64_t panels) 
 // The time that a division is expected to take, from the rates of an H200 for each of its multiprocessors. They are
 // leads, and decide only between divisions that all give the right result.
 double expected_us(const Division& division, const Card& card, int64_t tokens, int64_t panels, int64_t chunks) {
-  constexpr double kMemoryBytesPerUs = 32.6e3, kL2BytesPerUs = 42e3, kLatencyUs = 1.2, kSplitUs = 2.0;
-  const int64_t groups = division.groups(panels);
-  const int64_t blocks = groups * division.splits;
+  constexpr double kMemoryBytesPerUs = 32.6e3;  // a multiprocessor's share
+  constexpr double kL2BytesPerUs = 42e3;        // the same
+  constexpr double kMostBytesPerUs = 75e3;      // into one multiprocessor
+  constexpr int kMostBlocks = 8;  // beyond that their own beginnings and ends count
+  constexpr double kLatencyUs = 1.2, kRoundUs = 0.1, kSplitUs = 2.0;
+  const int64_t groups = division.groups(panels), blocks = groups * division.splits;
   const int64_t block_chunks = (chunks + division.splits - 1) / division.splits;
-  const int64_t room = std::min<int64_t>(resident_blocks(token_tiles_of(tokens)),
-                           card.shared_bytes_per_multiprocessor / (shared_bytes(division, tokens) + 1024));
-  const int64_t at_once = card.multiprocessors * room;
+  const int64_t room = std::min<int64_t>(
+      std::min(resident_blocks(token_tiles_of(tokens)) * kMaxWarps / division.warps(), kMostBlocks),
+      card.shared_bytes_per_multiprocessor / (shared_bytes(division, tokens) + 1024));
+  const int64_t at_once = card.multiprocessors * std::max<int64_t>(room, 1);
   const double weight_bytes = static_cast<double>(panels * chunks) * (kChunkValues * 2 + kChunkWords * 4);
   const double x_bytes = static_cast<double>(groups * chunks) * tokens * (kChunkInputs * 2);
-  const double partials = 2.0 * partial_bytes(division, tokens, panels);
+  const double all_bytes = weight_bytes + x_bytes + 2.0 * partial_bytes(division, tokens, panels);
   const double memory_us = weight_bytes / (card.multiprocessors * kMemoryBytesPerUs);
-  const double l2_us = (weight_bytes + x_bytes + partials) / (std::min<int64_t>(blocks, card.multiprocessors) * kL2BytesPerUs);
+  const double l2_us = all_bytes / (card.multiprocessors * kL2BytesPerUs);
+  const double busy_us = all_bytes / (std::min<int64_t>(blocks, card.multiprocessors) * kMostBytesPerUs);
+  // each warp's chunks one after the other, and blocks that must wait for others to end
   const double rounds = static_cast<double>((blocks + at_once - 1) / at_once) *
                         ((block_chunks + division.warps_k - 1) / division.warps_k);
-  // what is under way hides latency: rounds count where there is too little of it
-  return std::max(std::max(memory_us, l2_us), rounds * kLatencyUs) + (division.splits > 1 ? kSplitUs : 0.0);
+  return std::max(std::max(memory_us, l2_us), std::max(busy_us, rounds * kLatencyUs)) + rounds * kRoundUs +
+         (division.splits > 1 ? kSplitUs : 0.0);
 }
 
 Division divide(const Card& card, int64_t tokens, int64_t panels, int64_t chunks) {
-  const int warps = max_warps(token_tiles_of(tokens));
   Division best{0, 1, 1};
   double best_us = -1.0;
   for (int splits = 1; splits <= 8 && splits <= chunks; splits *= 2) {
-    for (int warps_m_log2 = 0; warps_m_log2 <= 3 && int64_t{1} << warps_m_log2 <= panels; ++warps_m_log2) {
-      for (int warps_k = 1; warps_k << warps_m_log2 <= warps; warps_k *= 2) {
+    for (int warps_m_log2 = 0; warps_m_log2 <= 4 && int64_t{1} << warps_m_log2 <= panels; ++warps_m_log2) {
+      for (int warps_k = 1; warps_k << warps_m_log2 <= kMaxWarps; warps_k *= 2) {
         const Division division{warps_m_log2, warps_k, splits};
         if (shared_bytes(division, tokens) > card.shared_bytes_per_block) continue;
         const double us = expected_us(division, card, tokens, panels, chunks);
@@ -296,13 +316,13 @@ Division divide(const Card& card, int64_t tokens, int64_t panels, int64_t chunks
   return best;
 }
 
-
 template <typename Value>
 cudaError_t multiply(const Value* x, const Value* values, const uint32_t* metadata, const Value* bias, Value* y,
                      void* workspace, int64_t tokens, int64_t out_features, int64_t in_features, cudaStream_t stream) {
   if (tokens == 0 || out_features == 0) return cudaSuccess;
   if (tokens < 0 || tokens > kLinear24Tokens || in_features % 4 != 0) return cudaErrorInvalidValue;
-  if (out_features > INT32_MAX - kPanelRows || in_features > INT32_MAX - kChunkInputs) return cudaErrorInvalidValue;
+  if (out_features > INT32_MAX - kMaxWarps * kPanelRows) return cudaErrorInvalidValue;
+  if (in_features > INT32_MAX - kChunkInputs) return cudaErrorInvalidValue;
   Card card;
   const cudaError_t error = this_card(card);
   if (error != cudaSuccess) return error;
@@ -312,7 +332,7 @@ cudaError_t multiply(const Value* x, const Value* values, const uint32_t* metada
   const int64_t groups = division.groups(panels);
   // chunks are counted in int
   if (panels * chunks > INT32_MAX) return cudaErrorInvalidValue;
-  const Work work{out_features,
+  const Work work{static_cast<int>(out_features),
                   static_cast<int>(in_features),
                   static_cast<int>(tokens),
                   static_cast<int>(panels),

@@ -3,8 +3,6 @@
 import contextlib
 import ctypes
 import re
-import shutil
-import subprocess
 import types
 from pathlib import Path
 
@@ -14,9 +12,9 @@ import torch
 from sparsekern.formats import SemiStructured
 from sparsekern.ops import compiled, fragments_24, linear_24
 from sparsekern.pattern import NM
-from tests.cuda_on_host.emulator import CSRC, ORDERS, build
+from tests import sass
+from tests.cuda_on_host.emulator import ORDERS, build
 
-SOURCE = CSRC / "cuda/linear_24.cu"
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 # of a sum rounded once to the type
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -76,9 +74,9 @@ def test_the_bits_do_not_depend_on_who_comes_first(on_host, tokens, out_features
         assert all(torch.equal(y[0], other) for other in y[1:])
 
 
-@pytest.mark.parametrize("tokens", [3, 30])
-def test_blocks_share_inputs_where_multiprocessors_would_be_idle(on_host, tokens):
-    x, weight, bias = problem(tokens, 20, 8192, torch.float16)
+@pytest.mark.parametrize(("tokens", "in_features"), [(3, 12800), (30, 8192)])
+def test_blocks_share_inputs_where_multiprocessors_would_be_idle(on_host, tokens, in_features):
+    x, weight, bias = problem(tokens, 20, in_features, torch.float16)
     packed = SemiStructured.pack(weight)
     taken = []
     for multiprocessors in (1, 132):
@@ -252,40 +250,20 @@ def test_on_a_card_the_op_keeps_torchs_rules():
     torch.library.opcheck(torch.ops.sparsekern.linear_24_cuda.default, (x, *operands, bias, 33, 260))
 
 
-# registers a thread: 64 leave room for 32 warps on a multiprocessor, 80 for 24, 128 for 16
-def test_nvcc_makes_sparse_mma_wide_loads_and_no_spills(tmp_path):
-    if shutil.which("nvcc") is None:
-        pytest.skip("no nvcc was found on PATH")
-    target = tmp_path / "linear_24.cubin"
-    command = ["nvcc", "-O3", "-std=c++17", "-arch=sm_90a", "-Xptxas=-v", "-cubin", SOURCE, "-o", target]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if "Unsupported gpu architecture" in done.stderr:
-        pytest.skip("this nvcc does not know sm_90a")
-    assert done.returncode == 0, done.stderr
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    assert spills == [("0", "0")] * 8
-    tiles = [int(n) for n in re.findall(r"Compiling entry function '\S*Li(\d)E\S*'", done.stderr)]
-    registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
-    bounds = {1: 64, 2: 80, 4: 80, 8: 128}
-    assert [(n, used) for n, used in zip(tiles, registers, strict=True) if used > bounds[n]] == []
-    sass = disassembled(target)
-    assert len(sass) == 8
-    for name, code in sass.items():
-        tokens = int(re.search(r"Li(\d)E", name).group(1))
-        assert code.count("HMMA.SP.16832.F32") == 8 * tokens
-        assert len(re.findall(r"LDG\.E\.\S*128\.CONSTANT", code)) == 18
-        assert len(re.findall(r"\bLDSM\.16\.M88\.4", code)) == 8 * tokens
-        assert not re.search(r"\b(LDL|STL)\b", code)
-
-
-def disassembled(cubin):
-    """The SASS of each kernel, by Triton's cuobjdump."""
-    triton = pytest.importorskip("triton")
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not tool.exists():
-        pytest.skip("this triton has no cuobjdump")
-    text = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
-    return dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s+Function : |\Z)", text, re.DOTALL))
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_a_chunk_is_nine_wide_loads_and_an_ldmatrix_for_each_mma(module, arch):
+    tool = sass.cuobjdump()
+    if tool is None:
+        pytest.skip("no cuobjdump was found, neither a toolkit's nor Triton's")
+    found = sass.kernels(tool, Path(module.__file__), arch)
+    found = {name: kernel for name, kernel in found.items() if "linear_24_kernel" in name}
+    assert len(found) == 8
+    for name, kernel in found.items():
+        token_tiles = int(re.search(r"Li(\d)E", name).group(1))
+        wide = [each for each in kernel.instructions if re.match(r"LDG\.E\.(NA\.)?128\.CONSTANT", each.opcode)]
+        # the first chunk's and the next one's
+        assert len(wide) == 2 * 9
+        assert kernel.count("LDSM.16.M88.4") == kernel.count("HMMA.SP.16832.F32") == 8 * token_tiles
 
 
 @pytest.fixture
