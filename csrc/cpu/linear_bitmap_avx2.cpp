@@ -14,8 +14,8 @@ namespace {
 constexpr int64_t kPrefetchBytes = 8192;
 // expanded weights that fit into a quarter of L1, as float32
 constexpr int64_t kChunk = 8192 / 4 / kTileFloats;
-// tokens whose sums stay in L1 beside them
-constexpr int64_t kWideTokens = 64;
+// groups whose sums stay in L1 beside them
+constexpr int64_t kWideGroups = 5;
 // of 16 registers, a token's sums take four
 constexpr int64_t kAtOnce = 3;
 // as many are worth expanding the weight twice: stored and loaded again it was slower
@@ -179,9 +179,11 @@ void multiply(const float* tiles, int64_t count, const float* x, int64_t x_step,
 
 // More tokens than registers: a chunk of the panel is expanded into L1 and multiplied with a few tokens after the other.
 template <class Kind>
-void panel_wide(const Panel<Kind>& panel, const float* x, const void* bias, void* y, int64_t tokens) {
+void panel_wide(const Panel<Kind>& panel, const float* x, const Groups& groups, int64_t first_group,
+                int64_t end_group, const void* bias, void* y) {
+  const int64_t first_token = groups.first(first_group);
   alignas(64) float tiles[kChunk * kTileFloats];
-  alignas(64) float totals[kWideTokens * kPanelRows] = {};
+  alignas(64) float totals[kWideGroups * kMaxGroup * kPanelRows] = {};
   const typename Kind::Value* values = panel.values;
   for (int64_t first = 0; first < panel.masks_count; first += kChunk) {
     const int64_t count = panel.masks_count - first < kChunk ? panel.masks_count - first : kChunk;
@@ -192,32 +194,30 @@ void panel_wide(const Panel<Kind>& panel, const float* x, const void* bias, void
         _mm256_store_ps(tiles + q * kTileFloats + byte * kLanes, w);
       });
     }
-    const float* x_group = x;
-    for (int64_t token = 0; token < tokens; token += kMaxGroup) {
-      const int64_t group = group_size(tokens - token);
-      const float* x_here = x_group + first * group * 2;
-      float* totals_here = totals + token * kPanelRows;
+    for (int64_t turn = first_group; turn < end_group; ++turn) {
+      const int64_t group = groups.size(turn);
+      const float* x_here = x + (groups.first(turn) * panel.masks_count + first * group) * 2;
+      float* totals_here = totals + (groups.first(turn) - first_token) * kPanelRows;
       for (int64_t done = 0; done < group;) {
         const int64_t here = next_tokens<kAtOnce>(group - done);
         const auto run = here == 1 ? multiply<1> : here == 2 ? multiply<2> : multiply<3>;
         run(tiles, count, x_here + done * 2, group * 2, totals_here + done * kPanelRows);
         done += here;
       }
-      x_group += panel.masks_count * group * 2;
     }
   }
-  for (int64_t t = 0; t < tokens; ++t) {
-    const float* sums = totals + t * kPanelRows;
-    store(panel, _mm256_load_ps(sums), _mm256_load_ps(sums + kLanes), bias, y, t);
+  for (int64_t token = first_token; token < groups.first(end_group) && token < groups.tokens; ++token) {
+    const float* sums = totals + (token - first_token) * kPanelRows;
+    store(panel, _mm256_load_ps(sums), _mm256_load_ps(sums + kLanes), bias, y, token);
   }
 }
 
 template <class Kind>
-void linear(const BitmapWeight& weight, const void* packed_x, const void* bias, void* y, int64_t tokens,
+void linear(const BitmapWeight& weight, const void* packed_x, const Groups& groups, const void* bias, void* y,
             int64_t first_panel, int64_t end_panel) {
   const auto* x = static_cast<const float*>(packed_x);
-  if (tokens <= kDirectTokens) {
-    const int64_t group = group_size(tokens);
+  if (groups.tokens <= kDirectTokens) {
+    const int64_t group = groups.size(0);
     for (int64_t p = first_panel; p < end_panel; ++p) {
       const Panel<Kind> panel(weight, p);
       for (int64_t done = 0; done < group;) {
@@ -226,19 +226,17 @@ void linear(const BitmapWeight& weight, const void* packed_x, const void* bias, 
                          : here == 2 ? panel_direct<Kind, 2>
                                      : panel_direct<Kind, Kind::kAtOnce>;
         auto* y_here = static_cast<typename Kind::Value*>(y) + done * weight.out_features;
-        run(panel, x + done * 2, group * 2, bias, y_here, tokens - done);
+        run(panel, x + done * 2, group * 2, bias, y_here, groups.tokens - done);
         done += here;
       }
     }
     return;
   }
-  // tokens outside, panels inside: the x of 64 tokens stays in L2, and the weight is expanded once for all of them
-  for (int64_t token = 0; token < tokens; token += kWideTokens) {
-    const int64_t here = tokens - token < kWideTokens ? tokens - token : kWideTokens;
-    const float* x_here = x + token * block_count(weight) * kBlockInputs;
-    auto* y_here = static_cast<typename Kind::Value*>(y) + token * weight.out_features;
+  // tokens outside, panels inside: the x of 60 tokens stays in L2, and the weight is expanded once for all of them
+  for (int64_t group = 0; group < groups.count; group += kWideGroups) {
+    const int64_t end = group + kWideGroups < groups.count ? group + kWideGroups : groups.count;
     for (int64_t p = first_panel; p < end_panel; ++p) {
-      panel_wide<Kind>(Panel<Kind>(weight, p), x_here, bias, y_here, here);
+      panel_wide<Kind>(Panel<Kind>(weight, p), x, groups, group, end, bias, y);
     }
   }
 }
@@ -291,12 +289,12 @@ void expand(const BitmapWeight& weight, void* dense, int64_t first_panel, int64_
   }
 }
 
-void linear_any(const BitmapWeight& weight, const void* x, const void* bias, void* y, int64_t tokens,
+void linear_any(const BitmapWeight& weight, const void* x, const Groups& groups, const void* bias, void* y,
                 int64_t first_panel, int64_t end_panel) {
   const auto run = weight.dtype == DType::kBFloat16  ? linear<Bf16>
                    : weight.dtype == DType::kFloat16 ? linear<Fp16>
                                                      : linear<Float32>;
-  run(weight, x, bias, y, tokens, first_panel, end_panel);
+  run(weight, x, groups, bias, y, first_panel, end_panel);
 }
 
 void expand_any(const BitmapWeight& weight, void* dense, int64_t first_panel, int64_t end_panel) {

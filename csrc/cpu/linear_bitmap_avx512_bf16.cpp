@@ -6,27 +6,9 @@
 
 #include "expand_words_vbmi2.h"
 #include "linear_bitmap_avx512.h"
+#include "panel_dot_avx512.h"
 
 namespace sparsekern {
-namespace {
-
-struct Bf16ByDot : Bf16Values {
-  using X = uint16_t;
-  struct Sum {
-    __m512 rows;
-  };
-  static Sum zero() { return {_mm512_setzero_ps()}; }
-  using Weights = __m512bh;
-  static Weights weights(const __m512i* tile) { return reinterpret_cast<__m512bh>(tile[0]); }
-  static void add(Sum& sum, Weights w, const X* x) {
-    int both;
-    __builtin_memcpy(&both, x, sizeof both);
-    sum.rows = _mm512_dpbf16_ps(sum.rows, w, reinterpret_cast<__m512bh>(_mm512_set1_epi32(both)));
-  }
-  static __m512 total(const Sum& sum) { return sum.rows; }
-};
-
-}  // namespace
 
 const LinearBitmapPanels kLinearBitmapAvx512Bf16 = {DType::kBFloat16, linear_any<Bf16ByDot>, expand_any};
 

@@ -14,19 +14,21 @@ namespace {
 struct Bf16ByDwords : Float32ByFma {
   using Value = uint16_t;
 
-  static void expand(uint32_t mask, const Value* values, __m512i* tile) {
-    const auto low = static_cast<__mmask16>(mask);
-    tile[0] = expand_to_dwords(low, values);
-    tile[1] = expand_to_dwords(static_cast<__mmask16>(mask >> 16), values + __builtin_popcount(low));
-  }
-  static Weights weights(const __m512i* tile) {
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(tile[0], 16)), _mm512_castsi512_ps(_mm512_slli_epi32(tile[1], 16))};
+  static Weights weights(Tile<2> tile) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(tile.part[0], 16)),
+            _mm512_castsi512_ps(_mm512_slli_epi32(tile.part[1], 16))};
   }
   static void store(void* y, int64_t offset, __m512 sums, __mmask16 rows) { Bf16Values::store(y, offset, sums, rows); }
   static __m512 load_bias(const void* bias, int64_t row, __mmask16 rows) {
     return Bf16Values::load_bias(bias, row, rows);
   }
 };
+
+inline Tile<2> expand_mask(Bf16ByDwords, uint32_t mask, const uint16_t* values) {
+  const auto low = static_cast<__mmask16>(mask);
+  return {{expand_to_dwords(low, values),
+           expand_to_dwords(static_cast<__mmask16>(mask >> 16), values + __builtin_popcount(low))}};
+}
 
 }  // namespace
 

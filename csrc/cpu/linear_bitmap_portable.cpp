@@ -28,7 +28,7 @@ const typename Type::Value* expand_block(const uint32_t* masks, const typename T
 }
 
 template <class Type>
-void linear(const BitmapWeight& weight, const void* packed_x, const void* bias, void* y, int64_t tokens,
+void linear(const BitmapWeight& weight, const void* packed_x, const Groups& groups, const void* bias, void* y,
             int64_t first_panel, int64_t end_panel) {
   using Value = typename Type::Value;
   const int64_t blocks = block_count(weight);
@@ -37,9 +37,10 @@ void linear(const BitmapWeight& weight, const void* packed_x, const void* bias, 
     const int64_t row = panel * kPanelRows;
     const int64_t rows = weight.out_features - row < kPanelRows ? weight.out_features - row : kPanelRows;
     const auto* x = static_cast<const float*>(packed_x);
-    for (int64_t first = 0; first < tokens; first += kMaxGroup) {
-      const int64_t here = tokens - first < kMaxGroup ? tokens - first : kMaxGroup;
-      const int64_t group = group_size(here);
+    for (int64_t turn = 0; turn < groups.count; ++turn) {
+      const int64_t first = groups.first(turn);
+      const int64_t group = groups.size(turn);
+      const int64_t here = groups.tokens - first < group ? groups.tokens - first : group;
       float sums[kMaxGroup][kPanelRows] = {};
       const Value* values = all_values + weight.panel_offsets[panel];
       const Value* end = all_values + weight.panel_offsets[panel + 1];
@@ -94,12 +95,12 @@ void expand(const BitmapWeight& weight, void* dense, int64_t first_panel, int64_
   }
 }
 
-void linear_any(const BitmapWeight& weight, const void* x, const void* bias, void* y, int64_t tokens,
+void linear_any(const BitmapWeight& weight, const void* x, const Groups& groups, const void* bias, void* y,
                 int64_t first_panel, int64_t end_panel) {
   const auto run = weight.dtype == DType::kBFloat16  ? linear<Bf16>
                    : weight.dtype == DType::kFloat16 ? linear<Fp16>
                                                      : linear<Float32>;
-  run(weight, x, bias, y, tokens, first_panel, end_panel);
+  run(weight, x, groups, bias, y, first_panel, end_panel);
 }
 
 void expand_any(const BitmapWeight& weight, void* dense, int64_t first_panel, int64_t end_panel) {

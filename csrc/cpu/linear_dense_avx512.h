@@ -7,36 +7,40 @@
 namespace sparsekern {
 namespace {
 
-// measured on Zen 5, one thread, see linear_bitmap_avx512.h
-constexpr int64_t kDenseAheadBytes = 8192;
-
 template <class TileKind>
 struct DenseTiles {
   using Kind = TileKind;
   struct Cursor {
-    static constexpr int64_t ahead_bytes = 64 * Kind::kRegisters;
     const __m512i* tile;
+    Ahead later;
+    const char* far;
+    int64_t far_lines;  // a block
 
-    void guard() {}
-    void next(__m512i* target) {
-#pragma GCC unroll 2
-      for (int i = 0; i < Kind::kRegisters; ++i) {
-        _mm_prefetch(reinterpret_cast<const char*>(tile) + kDenseAheadBytes, _MM_HINT_T0);
-        target[i] = _mm512_loadu_si512(tile++);
-      }
+    void block() {
+      later.block();
+      ask_for_lines(far, far_lines);
+      far += far_lines * 64;
     }
-    const __m512i* tiles(int64_t count, __m512i*) {
-      const __m512i* here = tile;
-      tile += count * Kind::kRegisters;
-      return here;
+    void steps() {
+#pragma GCC unroll 8
+      for (int i = 0; i < kSteps * Kind::kRegisters; ++i) later.ask(i * 64);
+      later.address += kSteps * Kind::kRegisters * 64;
+      tile += kSteps * Kind::kRegisters;
     }
-    const char* ahead() const { return reinterpret_cast<const char*>(tile); }
+    Tile<Kind::kRegisters> next(int step) {
+      return Tile<Kind::kRegisters>::load(tile + (step - kSteps) * Kind::kRegisters);
+    }
   };
 
   const DenseWeight& weight;
 
-  Cursor cursor(int64_t panel) const {
-    return {static_cast<const __m512i*>(weight.panels) + panel * pair_count(weight.in_features) * Kind::kRegisters};
+  Cursor cursor(int64_t panel, int64_t passes, int64_t pass) const {
+    const int64_t tiles = pair_count(weight.in_features) * Kind::kRegisters;
+    const auto* tile = static_cast<const __m512i*>(weight.panels) + panel * tiles;
+    // the same panel of the next two
+    const int64_t lines = passes == 1 ? 0 : (kBlockMasks * Kind::kRegisters + passes - 1) / passes;
+    const Ahead later(tile, tiles * 64, (Kind::kPanels - 1) * tiles * 64, kAheadBytes);
+    return {tile, later, reinterpret_cast<const char*>(tile + Kind::kPanels * tiles + tiles * pass / passes), lines};
   }
 };
 

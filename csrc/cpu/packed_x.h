@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "../ops.h"
+#include "float16.h"
 
 namespace sparsekern {
 
@@ -53,6 +54,15 @@ struct WidenBf16 {
   }
 };
 
+struct WidenFp16 {
+  using Source = uint16_t;
+  using Target = float;
+  static void pair(const Source* x, Target* target) {
+    target[0] = widen_half(x[0]);
+    target[1] = widen_half(x[1]);
+  }
+};
+
 // Input pairs first_pair to end_pair - 1 of every group.
 template <class Convert>
 void pack_pairs(const void* x, void* packed, const Groups& groups, int64_t in_features, int64_t pairs,
@@ -86,6 +96,7 @@ void pack_pairs(const void* x, void* packed, const Groups& groups, int64_t in_fe
 inline void pack_x(const void* x, DType dtype, void* packed, DType x_type, const Groups& groups, int64_t in_features,
                    int64_t pairs, int64_t first_pair, int64_t end_pair) {
   const auto pack = dtype == DType::kFloat32     ? pack_pairs<CopyFloat>
+                    : dtype == DType::kFloat16   ? pack_pairs<WidenFp16>
                     : x_type == DType::kBFloat16 ? pack_pairs<CopyBf16>
                                                  : pack_pairs<WidenBf16>;
   pack(x, packed, groups, in_features, pairs, first_pair, end_pair);

@@ -14,7 +14,7 @@ struct Bf16ByDot : Bf16Values {
   };
   static Sum zero() { return {_mm512_setzero_ps()}; }
   using Weights = __m512bh;
-  static Weights weights(const __m512i* tile) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(tile)); }
+  static Weights weights(Tile<1> tile) { return reinterpret_cast<__m512bh>(tile.part[0]); }
   static void add(Sum& sum, Weights w, const X* x) {
     int both;
     __builtin_memcpy(&both, x, sizeof both);

@@ -24,15 +24,29 @@ inline __m512 load_bf16(const uint16_t* source, __mmask16 rows) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
 }
 
-// bfloat16 values: a mask expands to one register, dword n = (row n, input 0), (row n, input 1).
+// A tile in registers.
+template <int kCount>
+struct Tile {
+  __m512i part[kCount];
+
+  static Tile load(const __m512i* source) {
+    Tile tile;
+#pragma GCC unroll 2
+    for (int i = 0; i < kCount; ++i) tile.part[i] = _mm512_loadu_si512(source + i);
+    return tile;
+  }
+  void store(__m512i* target) const {
+#pragma GCC unroll 2
+    for (int i = 0; i < kCount; ++i) _mm512_storeu_si512(target + i, part[i]);
+  }
+};
+
+// bfloat16 values: one register, dword n = (row n, input 0), (row n, input 1).
 struct Bf16Values {
   using Value = uint16_t;
   static constexpr int kRegisters = 1;
   static constexpr int kPanels = 2;  // that are multiplied together
 
-  static void expand(uint32_t mask, const Value* values, __m512i* tile) {
-    tile[0] = _mm512_mask_expand_epi16(fresh_zero(), mask, _mm512_loadu_si512(values));
-  }
   static void store(void* y, int64_t offset, __m512 sums, __mmask16 rows) {
     store_bf16(static_cast<uint16_t*>(y) + offset, sums, rows);
   }
@@ -51,10 +65,9 @@ struct Bf16ByFma : Bf16Values {
   struct Weights {
     __m512 even, odd;
   };
-  static Weights weights(const __m512i* tile) {
-    const __m512i both = _mm512_loadu_si512(tile);
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)),
-            _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+  static Weights weights(Tile<1> tile) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(tile.part[0], 16)),
+            _mm512_castsi512_ps(_mm512_and_si512(tile.part[0], _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
   }
   static void add(Sum& sum, const Weights& w, const X* x) {
     sum.rows = _mm512_fmadd_ps(w.even, _mm512_set1_ps(x[0]), sum.rows);
@@ -77,13 +90,9 @@ struct Float32ByFma {
   struct Weights {
     __m512 low, high;
   };
-  static void expand(uint32_t mask, const Value* values, __m512i* tile) {
-    const auto low = static_cast<__mmask16>(mask);
-    const auto high = static_cast<__mmask16>(mask >> 16);
-    tile[0] = _mm512_mask_expand_epi32(fresh_zero(), low, _mm512_loadu_si512(values));
-    tile[1] = _mm512_mask_expand_epi32(fresh_zero(), high, _mm512_loadu_si512(values + __builtin_popcount(low)));
+  static Weights weights(Tile<2> tile) {
+    return {_mm512_castsi512_ps(tile.part[0]), _mm512_castsi512_ps(tile.part[1])};
   }
-  static Weights weights(const __m512i* tile) { return {_mm512_loadu_ps(tile), _mm512_loadu_ps(tile + 1)}; }
   static void add(Sum& sum, const Weights& w, const X* x) {
     double both;
     __builtin_memcpy(&both, x, sizeof both);
@@ -102,6 +111,19 @@ struct Float32ByFma {
   }
   static __m512 load_bias(const void* bias, int64_t row, __mmask16 rows) {
     return _mm512_maskz_loadu_ps(rows, static_cast<const float*>(bias) + row);
+  }
+};
+
+// float16 values: multiplied as float32.
+struct Float16ByFma : Float32ByFma {
+  using Value = uint16_t;
+
+  static void store(void* y, int64_t offset, __m512 sums, __mmask16 rows) {
+    const __m256i halves = _mm512_cvtps_ph(sums, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_mask_storeu_epi16(static_cast<Value*>(y) + offset, rows, halves);
+  }
+  static __m512 load_bias(const void* bias, int64_t row, __mmask16 rows) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(rows, static_cast<const Value*>(bias) + row));
   }
 };
 

@@ -1,12 +1,13 @@
-// y = x W^T + bias over panels of weights, whatever they are stored as: a Weight says how to get at its tiles. Included
-// after the target pragma; no STL here, as in panel_kinds_avx512.h.
+// y = x W^T + bias over panels of weights, whatever they are stored as: a Weight says how to get at its tiles. Two panels
+// by up to twelve tokens are multiplied at once; more tokens make more passes over the two panels, from the cache. To
+// expand a tile again in each pass is free: other ports do it than multiply, and what waits there is the multiplication.
+// Included after the target pragma; no STL here, as in panel_kinds_avx512.h.
 //
-//   Weight::Kind            how a tile is multiplied, see panel_kinds_avx512.h
-//   weight.cursor(panel)    a Cursor at the first tile of a panel
-//   cursor.next(tile)       copies the next tile, [kRegisters], and asks for what comes later; after kGuardMasks calls at
-//                           the latest cursor.guard() is called
-//   cursor.tiles(n, space)  the address of the next n tiles, which may be in `space`, and moves on
-//   cursor.ahead()          what is read after that; ahead_bytes of it a tile
+//   Weight::Kind                   how a tile is multiplied, see panel_kinds_avx512.h
+//   weight.cursor(panel, passes, pass)  a Cursor at the first tile of a panel
+//   cursor.block()                 asks memory for what comes later, before each kBlockMasks tiles
+//   cursor.steps()                 the same, and goes on to the next kSteps tiles
+//   cursor.next(step)              one of these, in registers; each once, in order
 #pragma once
 
 #include "panel_kinds_avx512.h"
@@ -14,10 +15,38 @@
 namespace sparsekern {
 namespace {
 
-// expanded weights of the panels that are multiplied together, and beside them the x of a group, fit into L1
-constexpr int64_t kChunkBytes = 16384;
-// tokens whose sums stay in L2, and for which a weight is expanded once
-constexpr int64_t kWideGroups = 16;
+// tiles between two looks at the masks
+constexpr int kSteps = 4;
+// measured on Zen 5, one thread: 9 GB/s without, 25 at 2 KB ahead, 28 to 32 at 4 KB, 36 at 8 KB, no more at 16 KB
+constexpr int64_t kAheadBytes = 8192;
+
+// What one panel reads, and what is asked for meanwhile. Two panels are read side by side: what follows the end of the
+// first is the second, which is being read already, and so on: so the one after that is asked for.
+struct Ahead {
+  const char* address;
+  const char* end;
+  int64_t skip;  // bytes of the panel in between
+
+  Ahead() = default;
+  Ahead(const void* start, int64_t bytes, int64_t other_bytes, int64_t distance)
+      : address(static_cast<const char*>(start)), end(address + bytes), skip(other_bytes) {
+    address += distance;
+  }
+  void block() {
+    if (address < end) return;
+    address += skip;
+    skip = 0;
+  }
+  void ask(int64_t offset) const { _mm_prefetch(address + offset, _MM_HINT_T0); }
+};
+
+// Of two panels that are read several times, each pass asks for its part of the two that follow, into L2.
+inline void ask_for_lines(const char* address, int64_t lines) {
+  for (int64_t line = 0; line < lines; ++line) _mm_prefetch(address + line * 64, _MM_HINT_T1);
+}
+
+// Passes over two panels before the next two: the x of so many tokens, 8 KB each at 4096 inputs, stays in L2.
+constexpr int64_t kPasses = 8;
 
 // Where the outputs go. The mask of a panel has a bit for each row that exists.
 template <class Kind>
@@ -44,7 +73,7 @@ struct Group {
 };
 
 template <class Function>
-void with_lone_group(int64_t size, Function&& function) {
+void with_group(int64_t size, Function&& function) {
   switch (size) {
     case 1: return function(Group<1>{});
     case 2: return function(Group<2>{});
@@ -57,130 +86,69 @@ void with_lone_group(int64_t size, Function&& function) {
   }
 }
 
-// One of several: see Groups.
-template <class Function>
-void with_group(int64_t size, Function&& function) {
-  switch (size) {
-    case 6: return function(Group<6>{});
-    case 8: return function(Group<8>{});
-    case 10: return function(Group<10>{});
-    default: return function(Group<12>{});
-  }
-}
-
-// Few tokens: the weights go from the register straight into the sums.
-template <class Weight, int kGroup, class Kind = typename Weight::Kind>
-void panel_direct(typename Weight::Cursor cursor, int64_t pairs, const typename Kind::X* x,
-                  const Outputs<Kind>& outputs, int64_t panel, int64_t tokens) {
-  // a lone sum would wait for itself: the fused multiply-add takes four cycles
-  constexpr int kChains = kGroup == 1 ? 4 : kGroup <= 4 ? 2 : 1;
-  static_assert(kChains <= kGuardMasks, "see kTailBytes");
-  typename Kind::Sum sums[kChains][kGroup];
-#pragma GCC unroll 4
-  for (auto& chain : sums) {
-#pragma GCC unroll 16
-    for (auto& sum : chain) sum = Kind::zero();
-  }
-  for (int64_t pair = 0; pair < pairs; pair += kChains) {
-    cursor.guard();
-#pragma GCC unroll 4
-    for (int chain = 0; chain < kChains; ++chain) {
-      __m512i tile[Kind::kRegisters];
-      cursor.next(tile);
-      const typename Kind::Weights w = Kind::weights(tile);
-#pragma GCC unroll 16
-      for (int token = 0; token < kGroup; ++token) Kind::add(sums[chain][token], w, x + token * 2);
-      x += kGroup * 2;
-    }
-  }
-  const __m512 bias = outputs.start(panel);
-#pragma GCC unroll 16
-  for (int token = 0; token < kGroup; ++token) {
-    __m512 sum = Kind::total(sums[0][token]);
-#pragma GCC unroll 4
-    for (int chain = 1; chain < kChains; ++chain) sum = _mm512_add_ps(sum, Kind::total(sums[chain][token]));
-    if (token < tokens) outputs.store(panel, token, _mm512_add_ps(sum, bias));
-  }
-}
-
-// Adds what `count` tiles of kPanels panels contribute to totals [kPanels, kGroup, kPanelRows]; `ahead` is asked for
-// meanwhile, ahead_bytes a tile.
-template <class Kind, int kPanels, int kGroup>
-void multiply(const __m512i* const* tiles, int64_t count, const typename Kind::X* x, float* totals,
-              int64_t panel_totals, const char* ahead, int64_t ahead_bytes) {
-  typename Kind::Sum sums[kPanels][kGroup];
-  const __m512i* here[kPanels];
-#pragma GCC unroll 2
-  for (int panel = 0; panel < kPanels; ++panel) {
-    here[panel] = tiles[panel];
-#pragma GCC unroll 16
-    for (auto& sum : sums[panel]) sum = Kind::zero();
-  }
-  for (int64_t pair = 0; pair < count; ++pair) {
-    _mm_prefetch(ahead, _MM_HINT_T0);
-    ahead += ahead_bytes;
-    typename Kind::Weights w[kPanels];
-#pragma GCC unroll 2
-    for (int panel = 0; panel < kPanels; ++panel) w[panel] = Kind::weights(here[panel] + pair * Kind::kRegisters);
-#pragma GCC unroll 16
-    for (int token = 0; token < kGroup; ++token) {
-#pragma GCC unroll 2
-      for (int panel = 0; panel < kPanels; ++panel) Kind::add(sums[panel][token], w[panel], x + token * 2);
-    }
-    x += kGroup * 2;
-  }
-#pragma GCC unroll 2
-  for (int panel = 0; panel < kPanels; ++panel) {
-#pragma GCC unroll 16
-    for (int token = 0; token < kGroup; ++token) {
-      float* total = totals + panel * panel_totals + token * kPanelRows;
-      _mm512_store_ps(total, _mm512_add_ps(_mm512_load_ps(total), Kind::total(sums[panel][token])));
-    }
-  }
-}
-
-// More tokens than registers: a chunk of kPanels panels is multiplied with group after group. Groups first_group to
-// end_group - 1.
-template <class Weight, int kPanels, class Kind = typename Weight::Kind>
-void panels_wide(const Weight& weight, int64_t pairs, const typename Kind::X* x, const Groups& groups,
-                 int64_t first_group, int64_t end_group, const Outputs<Kind>& outputs, int64_t first_panel) {
-  // the same for a lone panel, so that how panels are shared out changes no bit
-  constexpr int64_t kChunk = kChunkBytes / 64 / Kind::kRegisters / Kind::kPanels;
-  constexpr int64_t kTotals = kWideGroups * kMaxGroup * kPanelRows;
-  alignas(64) __m512i space[kPanels][kChunk * Kind::kRegisters];
-  alignas(64) float totals[kPanels * kTotals];
-  const int64_t first_token = groups.first(first_group);
-  const int64_t end_token = groups.first(end_group);
+// A pass over kPanels panels: number `pass` of `passes`. x is that of the group, of which `tokens` exist.
+template <class Weight, int kPanels, int kGroup, class Kind = typename Weight::Kind>
+void multiply(const Weight& weight, int64_t pairs, const typename Kind::X* x, const Outputs<Kind>& outputs,
+              int64_t first_panel, int64_t passes, int64_t pass, int64_t first_token, int64_t tokens) {
+  // VDPBF16PS takes six cycles and two start in each: with fewer than twelve sums they wait for themselves. The same for
+  // a lone panel, so that how panels are shared out changes no bit
+  constexpr int kChains = kGroup <= 2 ? 4 : kGroup <= 4 ? 2 : 1;
+  typename Kind::Sum sums[kPanels][kChains][kGroup];
   typename Weight::Cursor cursors[kPanels];
+#pragma GCC unroll 2
+  for (int panel = 0; panel < kPanels; ++panel) {
+    cursors[panel] = weight.cursor(first_panel + panel, passes, pass);
+#pragma GCC unroll 4
+    for (auto& chain : sums[panel]) {
+#pragma GCC unroll 16
+      for (auto& sum : chain) sum = Kind::zero();
+    }
+  }
+  for (int64_t pair = 0; pair < pairs; pair += kBlockMasks) {
+#pragma GCC unroll 2
+    for (int panel = 0; panel < kPanels; ++panel) cursors[panel].block();
+    for (int64_t i = 0; i < kBlockMasks; i += kSteps) {
+#pragma GCC unroll 2
+      for (int panel = 0; panel < kPanels; ++panel) cursors[panel].steps();
+#pragma GCC unroll 4
+      for (int step = 0; step < kSteps; ++step) {
+        typename Kind::Weights w[kPanels];
+#pragma GCC unroll 2
+        for (int panel = 0; panel < kPanels; ++panel) w[panel] = Kind::weights(cursors[panel].next(step));
+#pragma GCC unroll 16
+        for (int token = 0; token < kGroup; ++token) {
+#pragma GCC unroll 2
+          for (int panel = 0; panel < kPanels; ++panel) {
+            Kind::add(sums[panel][step % kChains][token], w[panel], x + token * 2);
+          }
+        }
+        x += kGroup * 2;
+      }
+    }
+  }
+#pragma GCC unroll 2
   for (int panel = 0; panel < kPanels; ++panel) {
     const __m512 bias = outputs.start(first_panel + panel);
-    float* total = totals + panel * kTotals;
-    for (int64_t token = first_token; token < end_token; ++token, total += kPanelRows) _mm512_store_ps(total, bias);
-    cursors[panel] = weight.cursor(first_panel + panel);
-  }
-  for (int64_t first = 0; first < pairs; first += kChunk) {
-    const int64_t count = pairs - first < kChunk ? pairs - first : kChunk;
-    const __m512i* tiles[kPanels];
-    for (int panel = 0; panel < kPanels; ++panel) tiles[panel] = cursors[panel].tiles(count, space[panel]);
-    for (int64_t group = first_group; group < end_group; ++group) {
-      const int64_t turn = group - first_group;
-      // the first groups ask for the next chunk, a panel each; the others for what is here
-      const typename Weight::Cursor& next = cursors[turn < kPanels ? turn : 0];
-      const int64_t ahead_bytes = turn < kPanels ? next.ahead_bytes : 0;
-      const int64_t size = groups.size(group);
-      with_group(size, [&](auto known) {
-        constexpr int kGroup = decltype(known)::kSize;
-        multiply<Kind, kPanels, kGroup>(tiles, count, x + (groups.first(group) * pairs + first * size) * 2,
-                                        totals + (groups.first(group) - first_token) * kPanelRows, kTotals,
-                                        next.ahead(), ahead_bytes);
-      });
+#pragma GCC unroll 16
+    for (int token = 0; token < kGroup; ++token) {
+      __m512 sum = Kind::total(sums[panel][0][token]);
+#pragma GCC unroll 4
+      for (int chain = 1; chain < kChains; ++chain) sum = _mm512_add_ps(sum, Kind::total(sums[panel][chain][token]));
+      if (token < tokens) outputs.store(first_panel + panel, first_token + token, _mm512_add_ps(sum, bias));
     }
   }
-  for (int panel = 0; panel < kPanels; ++panel) {
-    const float* total = totals + panel * kTotals;
-    for (int64_t token = first_token; token < end_token && token < groups.tokens; ++token, total += kPanelRows) {
-      outputs.store(first_panel + panel, token, _mm512_load_ps(total));
-    }
+}
+
+template <class Weight, int kPanels, class Kind = typename Weight::Kind>
+void panels_times_groups(const Weight& weight, int64_t pairs, const typename Kind::X* x, const Groups& groups,
+                         int64_t first_group, int64_t end_group, const Outputs<Kind>& outputs, int64_t first_panel) {
+  for (int64_t group = first_group; group < end_group; ++group) {
+    const int64_t first = groups.first(group);
+    with_group(groups.size(group), [&](auto known) {
+      constexpr int kGroup = decltype(known)::kSize;
+      multiply<Weight, kPanels, kGroup>(weight, pairs, x + first * pairs * 2, outputs, first_panel,
+                                        end_group - first_group, group - first_group, first, groups.tokens - first);
+    });
   }
 }
 
@@ -189,25 +157,16 @@ template <class Weight, class Kind = typename Weight::Kind>
 void linear_panels(const Weight& weight, int64_t pairs, const void* packed_x, const Groups& groups,
                    const Outputs<Kind>& outputs, int64_t first_panel, int64_t end_panel) {
   const auto* x = static_cast<const typename Kind::X*>(packed_x);
-  if (groups.count == 1) {
-    with_lone_group(groups.size(0), [&](auto known) {
-      constexpr int kGroup = decltype(known)::kSize;
-      for (int64_t panel = first_panel; panel < end_panel; ++panel) {
-        panel_direct<Weight, kGroup>(weight.cursor(panel), pairs, x, outputs, panel, groups.tokens);
-      }
-    });
-    return;
-  }
-  for (int64_t group = 0; group < groups.count; group += kWideGroups) {
-    const int64_t end_group = group + kWideGroups < groups.count ? group + kWideGroups : groups.count;
+  for (int64_t group = 0; group < groups.count; group += kPasses) {
+    const int64_t end_group = group + kPasses < groups.count ? group + kPasses : groups.count;
     int64_t panel = first_panel;
     if constexpr (Kind::kPanels > 1) {
       for (; panel + 1 < end_panel; panel += 2) {
-        panels_wide<Weight, 2>(weight, pairs, x, groups, group, end_group, outputs, panel);
+        panels_times_groups<Weight, 2>(weight, pairs, x, groups, group, end_group, outputs, panel);
       }
     }
     for (; panel < end_panel; ++panel) {
-      panels_wide<Weight, 1>(weight, pairs, x, groups, group, end_group, outputs, panel);
+      panels_times_groups<Weight, 1>(weight, pairs, x, groups, group, end_group, outputs, panel);
     }
   }
 }

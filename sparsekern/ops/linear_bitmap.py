@@ -1,8 +1,8 @@
 """linear_bitmap: y = x W^T + bias with W packed as a bitmap and the kept values (formats/bitmap.py).
 
 Few tokens wait for the weight to arrive from memory, so half the bytes are nearly half the time; many tokens wait for
-the arithmetic, which a zero costs as much as any weight: from `_DENSE_TOKENS` on the weight is expanded, a slice at a
-time, for torch's own linear.
+the arithmetic, which a zero costs as much as any weight: from `_DENSE_TOKENS` on, on a processor without instructions for
+bfloat16, the weight is expanded, a slice at a time, for torch's own linear.
 
 The CPU kernels read the weight in panels of 16 outputs (bitmap_panels.py); the CUDA kernel reads it as it is saved.
 
@@ -13,6 +13,8 @@ The gradient of x is g W, with the dense weight W, which is built for it and fre
 packed weight has none.
 """
 
+import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -29,12 +31,13 @@ Packed = Bitmap | SemiStructured
 
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 _CUDA_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-# measured on Zen 5, 4096 x 4096 at 50 %: in bfloat16 torch's product, the expansion with it, overtakes between 192 and
-# 200 tokens; in float32 the sparse kernel was still twice as fast at 1024, and in float16, of which torch has no fast
-# product there, seven times at 512: the most that was tried
+# measured on Zen 5, 4096 x 4096 at 50 %: with instructions for bfloat16 the sparse kernel is as fast as torch's product at
+# 1024 tokens and 6 % slower at 2048, where an expansion before it costs as much; without them torch's product, the
+# expansion with it, overtakes between 192 and 200 tokens; in float32 the sparse kernel was still twice as fast at 1024
 _DENSE_TOKENS = {torch.bfloat16: 192, torch.float16: 2048, torch.float32: 2048}
-# the tiles of AMX multiply as fast here as in torch, which multiplies after the same expansion; not measured yet
-_DENSE_TOKENS_BY_TILES = 1024
+# of the instruction sets that multiply bfloat16: by the tiles of AMX as fast as torch, which multiplies after the same
+# expansion, not measured yet; None: never
+_BFLOAT16_DENSE_TOKENS = {"amx_bf16": 1024, "avx512_bf16": None}
 # the CUDA kernel decodes the weight once for four tokens; not measured yet
 _CUDA_DENSE_TOKENS = 32
 # a slice of the expanded weight stays in the cache until it is multiplied
@@ -111,9 +114,12 @@ def through_dense(
         y[:, rows] = linear(x, dense, None if bias is None else bias[rows])
 
 
-def _dense_tokens(dtype: torch.dtype) -> int:
-    by_tiles = dtype == torch.bfloat16 and compiled.cpu().isa() == "amx_bf16"
-    return _DENSE_TOKENS_BY_TILES if by_tiles else _DENSE_TOKENS[dtype]
+@functools.cache
+def _dense_tokens(dtype: torch.dtype) -> float:
+    isa = compiled.cpu().isa()
+    if dtype != torch.bfloat16 or isa not in _BFLOAT16_DENSE_TOKENS:
+        return _DENSE_TOKENS[dtype]
+    return _BFLOAT16_DENSE_TOKENS[isa] or math.inf
 
 
 def _linear_bitmap_cpu(
