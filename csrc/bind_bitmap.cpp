@@ -9,7 +9,14 @@ namespace {
 
 py::tuple instruction_sets() { return names_of(kLinearBitmapSets); }
 
-std::string isa() { return py::cast<std::string>(instruction_sets()[0]); }
+std::string isa() { return kLinearBitmapSets[find_set(kLinearBitmapSets, "")].name; }
+
+// Returns what to give it to undo it.
+std::string use(const std::string& isa) {
+  const std::string before = first_allowed == 0 ? "" : kInstructionSets[first_allowed];
+  first_allowed = isa.empty() ? 0 : rank_of(kLinearBitmapSets[find_set(kLinearBitmapSets, isa)].name);
+  return before;
+}
 
 // A packed weight: addresses, and the sizes of what lies there.
 struct Weight {
@@ -211,7 +218,8 @@ void expand_bitmap_checked(const Weight& packed, Address dense, int64_t dense_si
 
 void bind_bitmap(py::module_& module) {
   module.attr("PANEL_ROWS") = kPanelRows;
-  module.def("isa", isa, "The instruction set that is used: the best this machine has.");
+  module.def("isa", isa, "The instruction set that linear_bitmap uses: the best this machine has and use() allows.");
+  module.def("use", use, py::arg("isa"), "Choose no better instruction set than this, or with an empty one the best; returns what undoes it.");
   module.def("instruction_sets", instruction_sets, "Those this machine has, best first.");
 
   py::class_<Weight>(module, "BitmapWeight", "Addresses and sizes of a packed weight; see csrc/ops.h.")

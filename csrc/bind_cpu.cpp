@@ -88,10 +88,13 @@ uint64_t stream_read_checked(Address buffer, int64_t bytes, int threads) {
 py::tuple gram_sets() {
   py::list names;
   for (const InstructionSet* set = kGramSets; set->name != nullptr; ++set) {
-    if (set->supported()) names.append(set->name);
+    if (set->supported() && is_allowed(*set)) names.append(set->name);
   }
   return py::tuple(names);
 }
+
+// as far as use() allows AVX-512
+bool addmm_is_of_use() { return has_addmm() && is_allowed({"avx512", has_addmm}); }
 
 void gram_checked(const std::string& dtype, Address x, int64_t x_size, Address total, int64_t total_size,
                   int64_t tokens, int64_t in_features, int threads, const std::string& isa) {
@@ -168,7 +171,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("gram_sets", gram_sets, "The instruction sets that gram can use here, best first.");
   module.def("gram", gram_checked, py::arg("dtype"), py::arg("x"), py::arg("x_size"), py::arg("total"),
              py::arg("total_size"), py::arg("tokens"), py::arg("in_features"), py::arg("threads"), py::arg("isa"));
-  module.def("has_addmm", has_addmm, "Whether addmm is of use on this machine.");
+  module.def("has_addmm", addmm_is_of_use, "Whether addmm is of use on this machine.");
   module.def("addmm", addmm_checked, py::arg("total"), py::arg("total_stride"), py::arg("a"), py::arg("a_row_stride"),
              py::arg("a_column_stride"), py::arg("b"), py::arg("b_row_stride"), py::arg("b_column_stride"),
              py::arg("rows"), py::arg("inner"), py::arg("columns"), py::arg("scale"), py::arg("threads"));

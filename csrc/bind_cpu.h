@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 
 #include "ops.h"
@@ -39,12 +40,37 @@ inline py::tuple names_of(const InstructionSet* sets) {
   return py::tuple(names);
 }
 
-// The first of `sets` that this machine has, or the named one.
+// What use() has set: the first of kInstructionSets that is not better than what may be used. Python's lock is held
+// where it is read and written.
+inline int first_allowed = 0;
+
+inline int rank_of(const std::string& name) {
+  int rank = 0;
+  for (const char* set : kInstructionSets) {
+    if (name == set) return rank;
+    ++rank;
+  }
+  throw std::logic_error("kInstructionSets does not name " + name);
+}
+
+inline bool is_allowed(const InstructionSet& set) { return first_allowed == 0 || rank_of(set.name) >= first_allowed; }
+
+inline bool is_chosen(const InstructionSet& set) {
+  if (!is_allowed(set)) return false;
+  return set.preferred == nullptr || set.preferred() || rank_of(set.name) == first_allowed;
+}
+
+// The named one of `sets`, or the best that this machine has and use() allows.
 inline int find_set(const InstructionSet* sets, const std::string& name) {
   for (int set = 0; sets[set].name != nullptr; ++set) {
-    if ((name.empty() || name == sets[set].name) && sets[set].supported()) return set;
+    if (!sets[set].supported()) continue;
+    if (name.empty() ? is_chosen(sets[set]) : name == sets[set].name) return set;
   }
-  throw py::value_error("this machine does not have the instruction set " + name);
+  std::string here;
+  for (const InstructionSet* set = sets; set->name != nullptr; ++set) {
+    if (set->supported()) here += (here.empty() ? "" : ", ") + std::string(set->name);
+  }
+  throw py::value_error("this machine does not have the instruction set " + name + ", only " + here);
 }
 
 inline void check_features(int64_t out_features, int64_t in_features) {

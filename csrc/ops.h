@@ -12,11 +12,17 @@ enum class DType : int { kBFloat16 = 0, kFloat32 = 1, kFloat16 = 2, kInt8 = 3 };
 
 constexpr int64_t value_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : dtype == DType::kInt8 ? 1 : 2; }
 
-// One implementation per instruction set, and whether this machine has it.
+// One implementation per instruction set, and whether this machine has it; and, where a later one can be faster, whether
+// this one is the better choice.
 struct InstructionSet {
   const char* name;
   bool (*supported)();
+  bool (*preferred)() = nullptr;
 };
+
+// All names that there are, best first: a processor that has one has those after it.
+constexpr const char* kInstructionSets[] = {"amx_bf16", "avx512_bf16", "avx512", "avx512_vnni",
+                                            "avx512bw", "avx2",        "portable"};
 
 // linear_bitmap: y[t, o] = sum_i x[t, i] W[o, i] + bias[o], W in panels of kPanelRows outputs, cut into blocks of
 // kBlockInputs inputs; rows and inputs that do not exist have zero bits.

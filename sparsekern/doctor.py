@@ -18,7 +18,7 @@ def examine() -> dict[str, Any]:
 
     machine, libraries  what a result depends on
     modules             why a compiled module is missing; None: it is loaded
-    instruction_set     which one the CPU kernels use
+    instruction_set     which one the CPU kernels use; instruction_sets: those they could be told to use, best first
     kernels             a row for every device, format, dtype and kernel with its refusal; None: it serves, the first
                         one that does is used
     """
@@ -32,7 +32,8 @@ def examine() -> dict[str, Any]:
         "machine": machine(),
         "libraries": libraries(),
         "modules": {name: compiled.why_not(name) for name in MODULES},
-        "instruction_set": compiled.cpu().isa() if compiled.cpu() else None,
+        "instruction_set": compiled.instruction_set(),
+        "instruction_sets": list(compiled.cpu().instruction_sets()) if compiled.cpu() else [],
         "kernels": rows,
     }
 

@@ -12,6 +12,7 @@ from sparsekern.cli import app
 from sparsekern.demo import MODEL
 from sparsekern.inspect import inspect
 from sparsekern.methods import METHODS
+from sparsekern.ops import compiled
 from tests import tiny_models
 
 CALIBRATION, HELDOUT = str(MODEL / "calibration.txt"), str(MODEL / "heldout.txt")
@@ -164,9 +165,14 @@ def test_bench_times_the_layers_of_real_shapes_with_random_weights(tmp_path):
         "2",
         "--plot",
         tmp_path / "speed.png",
+        "--isa",
+        "portable",
         "--json",
     )
+    if compiled.cpu() is None:
+        args = tuple(word for word in args if word not in ("--isa", "portable"))
     result = json.loads(run(*args).stdout)
+    assert result["instruction_set"] == ("portable" if compiled.cpu() else None)
     assert {row["tokens"] for row in result["rows"]} == {1, 3}
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
@@ -259,6 +265,10 @@ BAD = {
     "generate in float32": (("bench", "--config", "tiny", "--dtype", "float32"), "generate is timed in bfloat16"),
     "values that are none": (("bench", "--config", "tiny", "--values", "int7"), "values must be of bfloat16, int8"),
     "more blocks than there are": (("bench", "--config", "tiny", "--blocks", "3"), "blocks must be 1..2 of tiny"),
+    "instruction set of no machine": (
+        ("bench", "--config", "tiny", "--isa", "avx1024"),
+        "does not have the instruction set avx1024, only" if compiled.cpu() else "without sparsekern._cpu",
+    ),
 }
 
 

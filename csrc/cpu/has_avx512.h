@@ -11,6 +11,14 @@ inline bool has_avx512_vbmi2() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2") &&
          __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("popcnt");
 }
+
+// Where there is VDPBF16PS: whether it is faster than a shift, an and and two fused multiply-adds, which take as many
+// inputs. On Zen 5 it is: 512 x 512 at 16 tokens, in the cache, in 35 us and not 51. Intel's processors, which take two
+// cycles on both ports for it, gain nothing: by the name of the maker, because to measure at load takes longer.
+inline bool dot_is_faster() {
+  __builtin_cpu_init();
+  return !__builtin_cpu_is("intel");
+}
 #endif
 
 }  // namespace sparsekern

@@ -115,7 +115,7 @@ bool multiply_by_tiles(const BitmapWeight& weight, const uint16_t* x, const void
 const InstructionSet kLinearBitmapSets[] = {
 #if defined(__x86_64__)
     {"amx_bf16", has_amx},
-    {"avx512_bf16", has_avx512_bf16},
+    {"avx512_bf16", has_avx512_bf16, dot_is_faster},
     {"avx512", has_avx512_vbmi2},
     {"avx512bw", has_avx512bw},
     {"avx2", has_avx2},

@@ -27,7 +27,7 @@ const LinearDensePanels* const kPanels[] = {
 
 const InstructionSet kLinearDenseSets[] = {
 #if defined(__x86_64__)
-    {"avx512_bf16", has_avx512_bf16},
+    {"avx512_bf16", has_avx512_bf16, dot_is_faster},
     {"avx512", has_avx512_vbmi2},
 #endif
     {"portable", always},

@@ -13,6 +13,7 @@ from sparsekern.endtoend import compare_end_to_end
 from sparsekern.generation import VALUES, measure_generation
 from sparsekern.generation import plot as plot_generation
 from sparsekern.hf_generate import CACHES
+from sparsekern.ops.compiled import instruction_set, using
 from sparsekern.speed import measure_speed
 from sparsekern.speed import plot as plot_speed
 
@@ -40,6 +41,9 @@ def command(
     compiled: Annotated[bool, typer.Option("--compile", help="generate through torch.compile; minutes more")] = False,
     dtype: Dtype = "bfloat16",
     seconds: Annotated[float, typer.Option(help="to spend on the timings")] = 100.0,
+    isa: Annotated[
+        str | None, typer.Option(help="no better instruction set than this one, of those that doctor shows")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file to draw the result into, with --config")] = None,
     as_json: AsJson = False,
 ):
@@ -52,17 +56,19 @@ def command(
         raise ValueError("--layers goes with --config")
     if config is None:
         pruned = load(model, dtype)
-        with progress_bar(f"{model}: timing") as update:
+        with using(isa), progress_bar(f"{model}: timing") as update:
+            used = {"instruction_set": instruction_set()}
             compared = compare_end_to_end(pruned, _numbers("tokens", tokens, int), seconds, progress=update)
-        print_result(compared.to_json(), as_json, lambda _: [str(compared)])
+        print_result({**compared.to_json(), **used}, as_json, lambda _: [str(compared)])
         return
     shape, sparsities = shapes.find(config), _numbers("sparsity", sparsity, float)
     if layers:
-        _layers(shape, sparsities, _numbers("tokens", tokens, int), dtype, seconds, plot, as_json)
+        _layers(shape, sparsities, _numbers("tokens", tokens, int), dtype, seconds, isa, plot, as_json)
         return
     if dtype != "bfloat16":
         raise ValueError(f"generate is timed in bfloat16, got --dtype {dtype}; --layers takes others")
-    with progress_bar(f"{config}: building") as update:
+    with using(isa), progress_bar(f"{config}: building") as update:
+        used = {"instruction_set": instruction_set()}
         found = measure_generation(
             shape,
             sparsities,
@@ -78,13 +84,14 @@ def command(
         )
     if plot is not None:
         plot_generation(found, plot)
-    print_result(found.to_json(), as_json, lambda _: [found.table()])
+    print_result({**found.to_json(), **used}, as_json, lambda _: [found.table()])
 
 
-def _layers(shape, sparsities, tokens, dtype, seconds, plot, as_json) -> None:
+def _layers(shape, sparsities, tokens, dtype, seconds, isa, plot, as_json) -> None:
     if len(sparsities) != 1:
         raise ValueError(f"--layers takes one sparsity, got {', '.join(map(str, sparsities))}")
-    with progress_bar(f"{shape.name}: timing") as update:
+    with using(isa), progress_bar(f"{shape.name}: timing") as update:
+        used = {"instruction_set": instruction_set()}
         speed = measure_speed(
             shape,
             sparsities[0],
@@ -95,7 +102,7 @@ def _layers(shape, sparsities, tokens, dtype, seconds, plot, as_json) -> None:
         )
     if plot is not None:
         plot_speed(speed, plot)
-    print_result(speed.to_json(), as_json, lambda _: [speed.table()])
+    print_result({**speed.to_json(), **used}, as_json, lambda _: [speed.table()])
 
 
 def _numbers(name: str, text: str, kind: type) -> tuple:

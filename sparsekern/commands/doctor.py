@@ -20,7 +20,8 @@ def command(as_json: AsJson = False):
         for name, reason in facts["modules"].items():
             modules.add_row(f"sparsekern._{name}", reason or "loaded")
         if facts["instruction_set"]:
-            modules.add_row("CPU kernels", facts["instruction_set"])
+            others = [name for name in facts["instruction_sets"] if name != facts["instruction_set"]]
+            modules.add_row("CPU kernels", f"{facts['instruction_set']}, could be told to use {', '.join(others)}")
         kernels = Table("device", "format", "dtype", "kernel", "", title="kernels of a linear layer, best first")
         for row in facts["kernels"]:
             verdict = "used" if row["used"] else row["refusal"] or "serves, not needed"

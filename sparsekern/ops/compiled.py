@@ -8,6 +8,8 @@ import functools
 import importlib
 import importlib.machinery
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,6 +32,34 @@ def cpu() -> ModuleType | None:
 def cuda() -> ModuleType | None:
     """sparsekern._cuda, or None; `why_not("cuda")` says why. That it loads does not say that there is a card."""
     return _load("cuda")[0]
+
+
+def instruction_set() -> str | None:
+    """The one that linear_bitmap's CPU kernels use; None where sparsekern._cpu is missing."""
+    return cpu().isa() if cpu() else None
+
+
+@contextmanager
+def using(isa: str | None) -> Iterator[None]:
+    """Within this block the CPU kernels use the instruction set `isa` and those that every processor with it has.
+
+    To compare sets, or to see what another machine would do; None: what was used so far. It holds for the process, its
+    other threads too. Packed weights stay as they are, because all sets read one layout; a Plan is for the set that it
+    was measured with.
+
+    Raises ValueError for one that this machine does not have, RuntimeError where sparsekern._cpu is missing.
+    """
+    if isa is None:
+        yield
+        return
+    module = cpu()
+    if module is None:
+        raise RuntimeError(f"no instruction set can be chosen without sparsekern._cpu: {why_not('cpu')}")
+    before = module.use(isa)
+    try:
+        yield
+    finally:
+        module.use(before)
 
 
 def why_not(name: str) -> str | None:

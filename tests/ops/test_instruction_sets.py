@@ -1,4 +1,4 @@
-"""csrc/cpu as it was compiled: what is for one instruction set stays in its files, and is what it says."""
+"""Instruction sets: what is compiled for one stays in its files, and which one is used can be chosen."""
 
 import re
 import shutil
@@ -8,6 +8,11 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
+
+from sparsekern.formats import Bitmap
+from sparsekern.ops import compiled, linear_bitmap
+from sparsekern.plan import Plan
 
 ROOT = Path(__file__).parents[2]
 # as in setup.py
@@ -51,3 +56,52 @@ def test_the_kernel_for_amx_is_made_of_its_instructions(objects):
         assert re.search(rf"\b{instruction}\b", code), instruction
     # the sums come first, then x, then the weights
     assert re.search(r"tdpbf16ps\s+tmm0,tmm4,tmm6", code)
+
+
+needs_cpu = pytest.mark.skipif(compiled.cpu() is None, reason=f"sparsekern._cpu: {compiled.why_not('cpu')}")
+
+
+@needs_cpu
+@pytest.mark.parametrize("isa", compiled.cpu().instruction_sets() if compiled.cpu() else ())
+def test_a_chosen_set_multiplies(isa):
+    torch.manual_seed(0)
+    dense = (torch.randn(50, 70) * (torch.rand(50, 70) < 0.5)).bfloat16()
+    x, y = torch.randn(3, 70).bfloat16(), torch.zeros(3, 50).bfloat16()
+    operands = linear_bitmap.to_panels(Bitmap.pack(dense))
+    linear_bitmap.sparse(x, operands, None, y, 70, isa)
+    with compiled.using(isa):
+        assert compiled.cpu().isa() == isa
+        # what was packed by another set is packed alike by this one
+        for ours, theirs in zip(linear_bitmap.to_panels(Bitmap.pack(dense)), operands, strict=True):
+            assert torch.equal(ours, theirs)
+        assert torch.equal(linear_bitmap.run_cpu(x, operands, None, 50, 70), y)
+
+
+@needs_cpu
+def test_nothing_better_than_the_chosen_set_is_used_and_only_within_the_block():
+    best = compiled.cpu().isa()
+    with compiled.using("portable"):
+        assert compiled.cpu().gram_sets() == ()
+        assert not compiled.cpu().has_addmm()
+        with compiled.using(best), compiled.using(None):
+            assert compiled.cpu().isa() == best
+        assert compiled.cpu().isa() == "portable"
+        plan = Plan().to_json()
+    assert compiled.cpu().isa() == best
+    if best != "portable":
+        with pytest.raises(ValueError, match=f"measured with instruction_set 'portable', here it is '{best}'"):
+            Plan.from_json(plan)
+
+
+@needs_cpu
+def test_a_set_that_this_machine_lacks_is_refused_in_words():
+    with pytest.raises(ValueError, match=r"does not have the instruction set avx1024, only .*portable"):
+        with compiled.using("avx1024"):
+            pass
+
+
+def test_no_set_is_chosen_where_nothing_was_compiled(monkeypatch):
+    monkeypatch.setattr(compiled, "_load", lambda name: (None, "not built: no compiler"))
+    with pytest.raises(RuntimeError, match="without sparsekern._cpu: not built: no compiler"):
+        with compiled.using("avx2"):
+            pass
