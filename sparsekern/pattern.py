@@ -158,7 +158,7 @@ def keep_largest(saliency: Tensor, kept: Sequence[int]) -> Tensor:
 
     Returns a bool tensor [rows, columns]. Raises ValueError on NaN.
     """
-    return _keep_largest(saliency, torch.tensor(kept, dtype=torch.int64, device=saliency.device))
+    return _keep_largest(saliency, torch.tensor(kept, dtype=torch.int64))
 
 
 def _keep_largest(saliency: Tensor, kept: Tensor) -> Tensor:

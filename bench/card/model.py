@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from card.clock import check_linear, time_variants
 from card.layers import keep_two_of_four, prune_at_random
 from card.worker import Case, Json, Setting
-from sparsekern import hf, shapes
-from sparsekern.linear import SparseLinear, sparsify
+from sparsekern import hf, shapes, sparsify
+from sparsekern.linear import SparseLinear
 from sparsekern.measure import weight_bytes
 from sparsekern.plan import Plan
 

@@ -6,6 +6,7 @@ same weight with the same Hessian, and must reach the same error before anything
 
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from solver import BLOCK, DAMPING, MOST_WORSE, column_loop, fresh
@@ -82,13 +83,16 @@ def factor(size: int, setting: Setting) -> Iterator[Json]:
     _, stats = problem(16, size, setting)
     h = stats.hessian.clone()
     h.diagonal().mul_(1 + DAMPING)
-    kernels = [kernel for kernel in inverse_cholesky.KERNELS if kernel.refuses(h) is None]
-    for kernel in kernels:
-        u, failed = kernel.run(h.clone())
+    kernels = {kernel.name: kernel.run for kernel in inverse_cholesky.KERNELS if kernel.refuses(h) is None}
+    # what the halves' smallest should be on a card is not known
+    for corner in (64,) if setting.tiny else (128, 256, 512, 2048):
+        kernels[f"by_halves to {corner}"] = partial(inverse_cholesky.by_halves, corner=corner)
+    for name, run in kernels.items():
+        u, failed = run(h.clone())
         off = float(((u.T @ (u @ h)) - torch.eye(size, device=h.device)).abs().max())
         if bool(failed) or not off < 0.05:
-            raise RuntimeError(f"{kernel.name} is wrong by {off:.2g}")
-    variants = {kernel.name: lambda _, kernel=kernel: kernel.run(h.clone()) for kernel in kernels}
+            raise RuntimeError(f"{name} is wrong by {off:.2g}")
+    variants = {name: lambda _, run=run: run(h.clone()) for name, run in kernels.items()}
     timed = time_variants(variants, None, setting, seconds=4.0, capture=False)
     yield {"what": "inverse_cholesky", "columns": size, **timed.to_json()}
 

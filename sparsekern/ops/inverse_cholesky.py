@@ -19,8 +19,9 @@ from torch import Tensor
 from sparsekern.ops.addmm import addmm, matmul
 from sparsekern.ops.kernel import Kernel, never_refuses, pick
 
-# a corner this small is factored by the library, and so is a system; smaller is more accurate
-_CORNER = 128
+# a corner this small is factored by the library, and so is a system; smaller is more accurate, and more launches, which
+# cost a card some 10 us each; on a card not measured yet
+_CORNER = {"cpu": 128, "cuda": 1024}
 # rows or columns of a triangle that one product takes; the zeros beyond them are left out
 _STRIPE = 512
 
@@ -53,44 +54,45 @@ def _factor_by_library(h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return r, u, (failed != 0) | ~r.diagonal().isfinite().all()
 
 
-def _by_halves(h: Tensor) -> tuple[Tensor, Tensor]:
+def by_halves(h: Tensor, corner: int | None = None) -> tuple[Tensor, Tensor]:
+    """As `reference`; `corner` is the largest matrix that the library factors, None the device's own."""
     u = torch.zeros_like(h, memory_format=torch.contiguous_format)
-    return u, _factor(h, u)
+    return u, _factor(h, u, corner or _CORNER[h.device.type])
 
 
-def _factor(h: Tensor, u: Tensor) -> Tensor:
+def _factor(h: Tensor, u: Tensor, corner: int) -> Tensor:
     """Write R over `h` and U into `u`, both on and above the diagonal, all that is read. Returns whether it failed."""
     size = len(h)
-    if size <= _CORNER:
-        r, corner, failed = _factor_by_library(h.triu() + h.triu(1).T)
+    if size <= corner:
+        r, inverse, failed = _factor_by_library(h.triu() + h.triu(1).T)
         h.copy_(r)
-        u.copy_(corner)
+        u.copy_(inverse)
         return failed
     half = _half(size)
     r_1, x, r_2 = h[:half, :half], h[:half, half:], h[half:, half:]
     u_1, y, u_2 = u[:half, :half], u[:half, half:], u[half:, half:]
-    failed = _factor(r_2, u_2)
+    failed = _factor(r_2, u_2, corner)
     # R_2 X^T = B^T: X takes the place of B
-    _solve(r_2, u_2, x.T)
+    _solve(r_2, u_2, x.T, corner)
     for stripe in _stripes(half):
         addmm(r_1[stripe, stripe.start :], x[stripe], x[stripe.start :].T, -1.0)
-    failed = failed | _factor(r_1, u_1)
+    failed = failed | _factor(r_1, u_1, corner)
     for stripe in _stripes(size - half):
         addmm(y[:, stripe], x[:, : stripe.stop], u_2[: stripe.stop, stripe], -1.0)
-    _solve(r_1, u_1, y)
+    _solve(r_1, u_1, y, corner)
     return failed
 
 
-def _solve(r: Tensor, u: Tensor, y: Tensor) -> None:
+def _solve(r: Tensor, u: Tensor, y: Tensor, corner: int) -> None:
     """Write the solution of R Y = B over `y`, which holds B; `u` is the inverse of R, of which the corners serve."""
     size = len(r)
-    if size <= _CORNER:
+    if size <= corner:
         y.copy_(matmul(y.T, u.T).T if y.stride(0) == 1 else matmul(u, y))
         return
     half = _half(size)
-    _solve(r[half:, half:], u[half:, half:], y[half:])
+    _solve(r[half:, half:], u[half:, half:], y[half:], corner)
     _subtract(y[:half], r[:half, half:], y[half:])
-    _solve(r[:half, :half], u[:half, :half], y[:half])
+    _solve(r[:half, :half], u[:half, :half], y[:half], corner)
 
 
 def _subtract(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -111,7 +113,10 @@ def _stripes(size: int) -> list[slice]:
 
 
 def _by_halves_refuses(h: Tensor) -> str | None:
-    return f"a matrix of at most {_CORNER} has no halves worth it" if len(h) <= _CORNER else None
+    corner = _CORNER.get(h.device.type, 0)
+    if not corner:
+        return f"the matrix must be on the CPU or on a CUDA device, got {h.device}"
+    return f"a matrix of at most {corner} has no halves worth it" if len(h) <= corner else None
 
 
-KERNELS = (Kernel("by_halves", _by_halves, _by_halves_refuses), Kernel("reference", reference, never_refuses))
+KERNELS = (Kernel("by_halves", by_halves, _by_halves_refuses), Kernel("reference", reference, never_refuses))

@@ -18,7 +18,7 @@ def reference(saliency: Tensor, kept: Tensor) -> Tensor:
     """The kept[i] largest of set i, ties to the lower index.
 
     saliency  [sets, size]
-    kept      [sets] int64, each 0..size
+    kept      [sets] int64, each 0..size; on the CPU nobody waits for a card to tell them
 
     Returns a bool tensor [sets, size]. Raises ValueError on NaN and on counts that are out of range.
     """
@@ -26,6 +26,7 @@ def reference(saliency: Tensor, kept: Tensor) -> Tensor:
     # NaN compares as neither larger nor smaller: it would break the counts and hide the fault that made it
     refuse_nan(int(saliency.isnan().sum()))
     sets, size = saliency.shape
+    kept = kept.to(saliency.device)
     if sets == 1 and 0 < int(kept) < size:
         # one long set: selecting is linear, sorting is not
         threshold = saliency.kthvalue(size - int(kept) + 1, dim=1).values[:, None]

@@ -5,7 +5,7 @@ two cards, the second of which is not the current one.
 import pytest
 import torch
 
-from sparsekern.ops import LINEAR_KERNELS, pack
+from sparsekern.ops import LINEAR_KERNELS, pack, to_dense
 from tests.on_card.subjects import weight_of
 
 
@@ -51,10 +51,10 @@ def prepared(subject, place, dtype):
     format, kernel = subject
 
     def make(*shape, dtype=dtype):
-        weight = weight_of(shape, format, dtype, place)
-        packed = pack(weight, format)
+        packed = pack(weight_of(shape, format, dtype, place), format)
         if reason := kernel.refuses(packed):
             pytest.skip(f"{kernel.name}: {reason}")
-        return weight, kernel, kernel.prepare(packed)
+        # what the format holds: integers are not what was packed
+        return to_dense(packed), kernel, kernel.prepare(packed)
 
     return make

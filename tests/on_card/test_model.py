@@ -5,10 +5,10 @@ import torch
 
 import sparsekern as sk
 from sparsekern import ops
-from sparsekern.formats import SemiStructured
+from sparsekern.formats import Bitmap, SemiStructured
 from sparsekern.linear import SparseLinear
-from sparsekern.plan import Plan, Unmeasured
-from tests.on_card.subjects import weight_of
+from sparsekern.plan import Plan, Unmeasured, check_linear
+from tests.on_card.subjects import input_of, weight_of
 from tests.tiny_models import llama
 
 
@@ -49,13 +49,21 @@ def test_what_is_saved_from_a_card_loads_everywhere(model, place, tmp_path):
 def test_a_plan_measures_a_layer_on_the_card_it_is_on_and_can_be_kept(place, tmp_path):
     weight = weight_of((256, 256), SemiStructured, torch.bfloat16, place)
     plan = Plan(seconds=0.05, arena=1 << 20)
-    decision = plan.decide(ops.pack(weight, SemiStructured), weight, tokens=(1, 8))
+    decision = plan.decide((ops.pack(weight, SemiStructured), ops.pack(weight, Bitmap)), weight, tokens=(1, 8))
     (kind,) = plan.decisions
     assert kind.device == ("cpu" if place.type == "cpu" else torch.cuda.get_device_name(place))
+    assert any(name.startswith("2:4") for name in kind.candidates)
     assert list(decision.times) == [1, 8]
     plan.save(tmp_path / "plan.json")
     again = Plan.load(tmp_path / "plan.json")
     assert again.decisions == plan.decisions
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 200])
+def test_torchs_own_product_is_right_by_the_plans_measure(place, tokens):
+    """On a card cuBLAS splits long sums; a kernel that expands for it must not be called wrong for that."""
+    x, weight = input_of(tokens, 4096, torch.bfloat16, place), input_of(96, 4096, torch.bfloat16, place, seed=1)
+    check_linear(torch.nn.functional.linear(x, weight), x, weight, None, "torch")
 
 
 def test_a_layer_moves_to_a_card_and_back(card):

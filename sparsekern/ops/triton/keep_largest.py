@@ -28,6 +28,8 @@ def run(saliency: Tensor, kept: Tensor) -> Tensor:
     mask = torch.zeros(saliency.shape, dtype=torch.bool, device=saliency.device)
     if size == 0:
         return mask
+    # in the order of the stream: nobody waits
+    kept = kept.to(saliency.device, non_blocking=True)
     chunks = triton.cdiv(size, CHUNK)
     # of each digit how often each value, and last how many NaN
     counts = torch.zeros(DIGITS * BINS + 1, dtype=torch.int32, device=saliency.device)
