@@ -160,8 +160,12 @@ def work_as(stage: str, device: str, pipe: int) -> int:
 
     found = stages.find(stage)
     stages.import_module(found.module)
+    import torch
+
     # before the word to begin, so that the first case does not wait for it
     order = json.loads(sys.stdin.readline() or '{"first": 0, "until": 0}')
+    if device != "cpu":
+        torch.cuda.set_device(device)
     setting = Setting(device, False, order["until"])
     with os.fdopen(pipe, "w") as to:
         return work(stage, stages.cases_of(found, setting), setting, order["first"], to)

@@ -1,6 +1,6 @@
 """correctness: what comes before any time: the modules are built, the tests pass on the card, the sanitizer is mute.
 
-The tests and both of the sanitizer's tools run at once: nothing is timed meanwhile.
+The tests, in several processes, and both of the sanitizer's tools run at once: nothing is timed meanwhile.
 """
 
 import re
@@ -16,11 +16,16 @@ from card.record import Json, with_path
 
 ROOT = Path(__file__).parents[2]
 WHY_NOT = "from sparsekern.ops import compiled; print(compiled.why_not('cuda') or compiled.why_not('cpu') or '')"
-# of the files beside tests/on_card, the tests that need a card
+LINEAR, LARGE = "tests/on_card/test_linear.py", "tests/on_card/test_large.py"
+# each in a process of its own, all at once
 SUITES = {
-    "tests/on_card": ["tests/on_card"],
+    "tests/on_card, linear layers in bitmaps": [LINEAR, "-k", "bitmap"],
+    "tests/on_card, linear layers else": [LINEAR, "-k", "not bitmap"],
+    "tests/on_card, the rest": ["tests/on_card", f"--ignore={LINEAR}", f"--ignore={LARGE}"],
     "tests of the ops on a card": ["tests/ops", "tests/cuda_on_host", "-k", "on_a_card"],
 }
+# alone: it takes the card's memory
+AFTER = {"tests/on_card, more than 2^31 elements": [LARGE]}
 TOOLS = ("memcheck", "racecheck")
 OUTCOME = re.compile(r"^(\S+::.+?) (PASSED|FAILED|SKIPPED|ERROR|XFAIL)\b", re.MULTILINE)
 
@@ -62,11 +67,12 @@ def run(seconds: float, tiny: bool) -> Iterator[Json]:
                 )
             running.append((kind, name, process, log))
 
+        pytest = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider"]
         for name, suite in SUITES.items():
             if tiny:
                 yield {"stage": "tests", "what": name, "left_out": "a tiny run: they are part of the test suite"}
                 continue
-            start("tests", name, [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *suite])
+            start("tests", name, [*pytest, *suite])
         script = [sys.executable, "bench/card/sanitized.py", *(["--device", "cpu"] if tiny else [])]
         if tiny:
             start("sanitizer", "without compute-sanitizer", script)
@@ -77,10 +83,19 @@ def run(seconds: float, tiny: bool) -> Iterator[Json]:
                 flags = ["--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9"]
                 # every tensor its own allocation, so that an access beyond it is seen
                 start("sanitizer", tool, [sanitizer, *flags, *script], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        for kind, name, process, log in running:
-            cut = _wait(process, until)
-            text = log.read_text(errors="replace")
-            yield {"stage": kind, "what": name, **(_tests if kind == "tests" else _sanitizer)(text, process, cut)}
+        yield from _ended(running, until)
+        running.clear()
+        for name, suite in () if tiny else AFTER.items():
+            start("tests", name, [*pytest, *suite])
+        yield from _ended(running, until)
+
+
+def _ended(running: list[tuple[str, str, subprocess.Popen, Path]], until: float) -> Iterator[Json]:
+    """A row for each process, when it is done or its time is over."""
+    for kind, name, process, log in running:
+        cut = _wait(process, until)
+        text = log.read_text(errors="replace")
+        yield {"stage": kind, "what": name, **(_tests if kind == "tests" else _sanitizer)(text, process, cut)}
 
 
 def _wait(process: subprocess.Popen, until: float) -> bool:

@@ -8,6 +8,7 @@ The dense model has weights without zeros. Each sparse one is checked against it
 """
 
 import copy
+import gc
 from collections.abc import Iterator
 
 import torch
@@ -113,6 +114,8 @@ def pruned_copy(model: nn.Module, pattern: str) -> nn.Module:
 
 def measure(pattern: str, holder: list[nn.Module], setting: Setting) -> Iterator[Json]:
     """A row for decode and one for prefill, of the model with its weights pruned by one pattern."""
+    # the model of the pattern before may be held by a cycle of its modules
+    gc.collect()
     shape = shapes.find("tiny" if setting.tiny else MODEL)
     past, prefill = (5, 7) if setting.tiny else (PAST, PREFILL)
     if not holder:

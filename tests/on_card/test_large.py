@@ -29,6 +29,14 @@ def needs(device, gibibytes):
         pytest.skip(f"it needs {gibibytes} GiB of the card's memory, {free / GIB:.0f} are free")
 
 
+def prepare(kernel, packed):
+    """Some kernels go through the dense weight, and tensors of it that are larger."""
+    try:
+        return kernel.prepare(packed)
+    except torch.OutOfMemoryError:
+        pytest.skip(f"{kernel.name}: preparing it takes more memory than the card has")
+
+
 def semi_structured(out_features, in_features, device):
     """Random values at random positions."""
     values = torch.empty(out_features, in_features // 2, dtype=torch.bfloat16, device=device).uniform_(0.5, 1.5)
@@ -73,14 +81,14 @@ KERNELS = pytest.mark.parametrize(
 
 @KERNELS
 def test_a_weight_whose_kept_values_are_more_than_2_31(make, kernel, card):
-    needs(card, 70)
+    needs(card, 30)
     # every second of 2^32 is kept, give or take; the rows of a bitmap are not all as long
     in_features, out_features = 1 << 14, 2 * ABOVE // (1 << 14) + (64 if make is bitmap else 0)
     packed = make(out_features, in_features, card)
     assert packed.values.numel() > 1 << 31
     if reason := kernel.refuses(packed):
         pytest.skip(f"{kernel.name}: {reason}")
-    operands = kernel.prepare(packed)
+    operands = prepare(kernel, packed)
     for tokens in (1, 9):
         x = torch.randn(tokens, in_features, device=card).bfloat16()
         y = kernel.run(x, operands, None, out_features, in_features)
@@ -101,7 +109,7 @@ def test_inputs_and_outputs_of_more_than_2_31(make, kernel, card, tokens, out_fe
     if reason := kernel.refuses(packed):
         pytest.skip(f"{kernel.name}: {reason}")
     x = torch.randn(tokens, in_features, device=card, dtype=torch.bfloat16)
-    y = kernel.run(x, kernel.prepare(packed), None, out_features, in_features)
+    y = kernel.run(x, prepare(kernel, packed), None, out_features, in_features)
     assert max(x.numel(), y.numel()) > 1 << 31
     weight = rows_of(packed, slice(0, out_features))
     for some in parts(tokens):
