@@ -89,7 +89,7 @@ class Generation:
     new_tokens: int
     cache: str
     compiled: bool
-    lm_head: str | None
+    own_head: bool
     bandwidth: Bandwidth
     variants: tuple[Variant, ...]
     machine: Json
@@ -154,7 +154,7 @@ class Generation:
                 f"torch {facts['torch']}; commit {facts['commit'] or 'unknown'}; {self.date}",
                 "median, ~ is unsteady; ratios of alternating runs with p10–p90, none (–) where one is unsteady",
                 "dense / own dense is the gain of the kernel, own dense / sparse that of sparsity; "
-                f"output embedding: {self.lm_head or 'as torch has it'}",
+                f"output embedding: {'own kernel, in the kind of values' if self.own_head else 'as torch has it'}",
                 f"ceiling: bytes a token reads, of own dense / of the variant; logits differ by {worst:.1e} at most",
             ]
         )
@@ -165,7 +165,7 @@ def measure_generation(
     sparsities: Sequence[float] = (0.5, 0.7),
     *,
     values: Sequence[str] = VALUES,
-    lm_head: str | None = "dense",
+    own_head: bool = True,
     prompt: int = 32,
     new_tokens: int = 16,
     blocks: int | None = None,
@@ -177,7 +177,7 @@ def measure_generation(
 ) -> Generation:
     """Generate with a random model of `shape` dense, in own dense panels, and at each sparsity and kind of values.
 
-    lm_head     what serves the output embedding of all but `dense`, as for sparsify
+    own_head    the output embedding of all but `dense` is run by our own kernel too, in the variant's kind of values
     prompt      tokens of the prompt; new_tokens: that are generated, the first of them by the prefill
     blocks      so many decoder blocks instead of all
     compiled    the forward passes go through torch.compile, which takes minutes more
@@ -197,7 +197,8 @@ def measure_generation(
         say(len(models), steps, f"pack {name}")
         models[name] = pruned(dense, sparsity)
         chosen = Unmeasured(Dense) if sparsity is None else plan or Plan.for_model(dense)
-        report = sparsify(models[name], plan=chosen, values="int8" if kind == "int8" else None, lm_head=lm_head)
+        eight = "int8" if kind == "int8" else None
+        report = sparsify(models[name], plan=chosen, values=eight, lm_head=(eight or "dense") if own_head else None)
         swaps[name] = report.to_json() | {"text": str(report)}
     models[NO_LINEAR] = without_linear(dense)
     swaps[NO_LINEAR] = {}
@@ -228,7 +229,7 @@ def measure_generation(
         new_tokens=new_tokens,
         cache=cache,
         compiled=compiled,
-        lm_head=lm_head,
+        own_head=own_head,
         bandwidth=bandwidth,
         variants=tuple(
             Variant(

@@ -15,6 +15,8 @@ from sparsekern.linear import SparseLinear
 from sparsekern.ops import LINEAR_KERNELS, Packed, compiled, pack, to_dense
 from sparsekern.plan import Plan, Unmeasured
 
+PROBED_ROWS = 64
+
 
 @dataclass
 class SwapReport:
@@ -230,6 +232,9 @@ def _packings(weight: Tensor, values: str | None) -> tuple[list[Packed], list[st
     packings, reasons = [], []
     for format in (*((BitmapInt8,) if values == "int8" else ()), SemiStructured, Bitmap):
         try:
+            if format is SemiStructured and len(weight) > PROBED_ROWS:
+                # what is not 2:4 at all is not looked through to its end
+                pack(weight[:PROBED_ROWS], format)
             packed = pack(weight, format)
         except ValueError as error:
             reasons.append(f"{format.name}: {error}")
