@@ -65,14 +65,12 @@ int64_t linear_24_workspace(int64_t tokens, int64_t out_features, int64_t in_fea
   return bytes;
 }
 
-template <typename Value>
-void linear_24(uintptr_t x, int64_t x_size, uintptr_t values, int64_t values_size, uintptr_t metadata,
-               int64_t metadata_size, uintptr_t bias, int64_t bias_size, uintptr_t y, int64_t y_size,
-               uintptr_t workspace, int64_t workspace_size, int64_t tokens, int64_t out_features, int64_t in_features,
-               uintptr_t stream) {
+// What both linear_24 kernels are given. Raises ValueError where sizes and addresses contradict each other.
+void check_linear_24(int64_t x_size, uintptr_t values, int64_t values_size, uintptr_t metadata, int64_t metadata_size,
+                     uintptr_t bias, int64_t bias_size, int64_t y_size, int64_t tokens, int64_t out_features,
+                     int64_t in_features) {
   using namespace sparsekern::cuda;
-  check(tokens >= 0 && tokens <= kLinear24Tokens && in_features >= 0 && out_features >= 0,
-        "there must be 0 to 64 tokens and no negative size, got " + std::to_string(tokens) + " tokens");
+  check(tokens >= 0 && in_features >= 0 && out_features >= 0, "sizes must not be negative");
   check(in_features % 4 == 0, "in_features must be a multiple of 4, got " + std::to_string(in_features));
   const int64_t panels = (out_features + kPanelRows - 1) / kPanelRows;
   const int64_t chunks = (in_features + kChunkInputs - 1) / kChunkInputs;
@@ -87,8 +85,19 @@ void linear_24(uintptr_t x, int64_t x_size, uintptr_t values, int64_t values_siz
         "metadata must hold panels * chunks * 128 words, got " + std::to_string(metadata_size));
   check(bias == 0 || bias_size == out_features,
         "bias must hold " + std::to_string(out_features) + " elements, got " + std::to_string(bias_size));
-  check(on_16_bytes(values) && on_16_bytes(metadata) && on_16_bytes(workspace),
-        "values, metadata and workspace must lie on 16 bytes");
+  check(on_16_bytes(values) && on_16_bytes(metadata), "values and metadata must lie on 16 bytes");
+}
+
+template <typename Value>
+void linear_24(uintptr_t x, int64_t x_size, uintptr_t values, int64_t values_size, uintptr_t metadata,
+               int64_t metadata_size, uintptr_t bias, int64_t bias_size, uintptr_t y, int64_t y_size,
+               uintptr_t workspace, int64_t workspace_size, int64_t tokens, int64_t out_features, int64_t in_features,
+               uintptr_t stream) {
+  using namespace sparsekern::cuda;
+  check_linear_24(x_size, values, values_size, metadata, metadata_size, bias, bias_size, y_size, tokens, out_features,
+                  in_features);
+  check(tokens <= kLinear24Tokens, "there must be 0 to 64 tokens, got " + std::to_string(tokens));
+  check(on_16_bytes(workspace), "workspace must lie on 16 bytes");
   check(tokens == 0 || workspace_size >= linear_24_workspace(tokens, out_features, in_features),
         "workspace is too small: it has " + std::to_string(workspace_size) + " bytes");
   raise("linear_24",
@@ -105,6 +114,26 @@ void bind_linear_24(py::module_& module, const char* name) {
              py::arg("out_features"), py::arg("in_features"), py::arg("stream"));
 }
 
+template <typename Value>
+void linear_24_prefill(uintptr_t x, int64_t x_size, uintptr_t values, int64_t values_size, uintptr_t metadata,
+                       int64_t metadata_size, uintptr_t bias, int64_t bias_size, uintptr_t y, int64_t y_size,
+                       int64_t tokens, int64_t out_features, int64_t in_features, uintptr_t stream) {
+  check_linear_24(x_size, values, values_size, metadata, metadata_size, bias, bias_size, y_size, tokens, out_features,
+                  in_features);
+  raise("linear_24_prefill",
+        sparsekern::cuda::linear_24_prefill(at<const Value>(x), at<const Value>(values), at<const uint32_t>(metadata),
+                                            at<const Value>(bias), at<Value>(y), tokens, out_features, in_features,
+                                            at<CUstream_st>(stream)));
+}
+
+template <typename Value>
+void bind_linear_24_prefill(py::module_& module, const char* name) {
+  module.def(name, &linear_24_prefill<Value>, py::arg("x"), py::arg("x_size"), py::arg("values"),
+             py::arg("values_size"), py::arg("metadata"), py::arg("metadata_size"), py::arg("bias"),
+             py::arg("bias_size"), py::arg("y"), py::arg("y_size"), py::arg("tokens"), py::arg("out_features"),
+             py::arg("in_features"), py::arg("stream"));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
@@ -116,4 +145,6 @@ PYBIND11_MODULE(_cuda, module) {
              py::arg("in_features"));
   bind_linear_24<__nv_bfloat16>(module, "linear_24_bf16");
   bind_linear_24<__half>(module, "linear_24_fp16");
+  bind_linear_24_prefill<__nv_bfloat16>(module, "linear_24_prefill_bf16");
+  bind_linear_24_prefill<__half>(module, "linear_24_prefill_fp16");
 }

@@ -51,9 +51,8 @@ static_assert(kStages * kStageInputs == kChunk, "which stage's memory a step rea
 // tiles side by side along the tokens before the outputs move on: the resident blocks share rows of x and of W in L2
 constexpr int kStripTiles = 8;
 
-// rows are counted, and the elements of a tile's rows of x, in 32 bits
+// rows are counted in 32 bits, and with kLinear24PrefillInputs the elements of a tile's rows of x
 constexpr int64_t kMostRows = int64_t{1} << 30;
-constexpr int64_t kMostInputs = int64_t{1} << 23;
 
 template <int kOutputWarps_, int kTokenWarps_, int kPanels_, int kTokenTiles_, int kAhead_, int kBlocks_,
           bool kAligned_ = true>
@@ -285,7 +284,9 @@ template <typename Value>
 cudaError_t launch_best(const Value* x, const Value* values, const uint32_t* metadata, const Value* bias, Value* y,
                         int64_t tokens, int64_t out_features, int64_t in_features, cudaStream_t stream) {
   if (tokens == 0 || out_features == 0) return cudaSuccess;
-  if (tokens > kMostRows || out_features > kMostRows || in_features > kMostInputs) return cudaErrorInvalidConfiguration;
+  if (tokens > kMostRows || out_features > kMostRows || in_features > kLinear24PrefillInputs) {
+    return cudaErrorInvalidConfiguration;
+  }
   int device = 0, multiprocessors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) {

@@ -63,7 +63,9 @@ cudaError_t linear_bitmap(const float* x, const float* values, const uint8_t* bi
 //   bias               [out_features] or null
 //   y                  [tokens, out_features], every element written
 // Accumulates in float32. What is not kept is not multiplied: NaN and inf in x reach y through kept weights only.
-// At most 2^23 in_features, 2^30 tokens and out_features.
+// At most kLinear24PrefillInputs in_features, 2^30 tokens and out_features. The same bits every time.
+constexpr int64_t kLinear24PrefillInputs = int64_t{1} << 23;
+
 cudaError_t linear_24_prefill(const __nv_bfloat16* x, const __nv_bfloat16* values, const uint32_t* metadata,
                               const __nv_bfloat16* bias, __nv_bfloat16* y, int64_t tokens, int64_t out_features,
                               int64_t in_features, cudaStream_t stream);

@@ -4,8 +4,9 @@
 
 On a card the weight is kept in the order of the tensor cores' mma.sp (fragments_24.py), 9/16 of the dense bytes and a
 little more where in_features is no multiple of 256 or out_features none of 16. Up to `_DECODE_TOKENS` tokens one kernel
-reads it once. It multiplies what is kept and nothing else: NaN and inf in x at a pruned input do not reach the output,
-but for groups that keep fewer than two weights, whose zeros are multiplied as weights are.
+reads it once; for more, another one multiplies tiles of outputs and tokens. Both multiply what is kept and nothing
+else: NaN and inf in x at a pruned input do not reach the output, but for groups that keep fewer than two weights, whose
+zeros are multiplied as weights are.
 
 Elsewhere linear_bitmap's kernels serve, for a bitmap takes the same bytes but for 8 a row. In a group that keeps fewer
 than two weights `restore` puts the zeros where SemiStructured.pack does.
@@ -23,8 +24,10 @@ from sparsekern.ops.bitmap_panels import from_panels, to_panels
 from sparsekern.ops.kernel import Kernel, never_refuses
 
 _CUDA_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-# the most that the CUDA kernel takes at once: kLinear24Tokens of csrc/cuda/ops.h
+# the most that the first CUDA kernel takes at once: kLinear24Tokens of csrc/cuda/ops.h
 _DECODE_TOKENS = 64
+# the most that the second one counts: kLinear24PrefillInputs
+_MOST_INPUTS = 1 << 23
 
 
 def reference(x: Tensor, packed: SemiStructured, bias: Tensor | None) -> Tensor:
@@ -79,31 +82,38 @@ def _run(x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, out_featu
 
 def _decode(x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, y: Tensor) -> None:
     """Write y [tokens, out_features] from x [tokens, in_features], both contiguous, 0 to _DECODE_TOKENS tokens."""
+    sizes = len(x), y.shape[1], x.shape[1]
+    # a new one for each call: launches on two streams must not meet in it
+    workspace = x.new_empty(compiled.cuda().linear_24_workspace(*sizes), dtype=torch.uint8)
+    _launch("linear_24", x, operands, bias, y, workspace=workspace.data_ptr(), workspace_size=workspace.numel())
+
+
+def _prefill(x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, y: Tensor) -> None:
+    """The same for any number of tokens, made for many."""
+    _launch("linear_24_prefill", x, operands, bias, y)
+
+
+def _launch(
+    name: str, x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, y: Tensor, **workspace: int
+) -> None:
     values, metadata = operands
-    (tokens, in_features), out_features = x.shape, y.shape[1]
-    module = compiled.cuda()
-    # a launch goes to the current device
-    with torch.cuda.device(x.device):
-        # a new one for each call: launches on two streams must not meet in it
-        workspace = x.new_empty(module.linear_24_workspace(tokens, out_features, in_features), dtype=torch.uint8)
-        getattr(module, f"linear_24_{_CUDA_NAMES[values.dtype]}")(
-            x=x.data_ptr(),
-            x_size=x.numel(),
-            values=values.data_ptr(),
-            values_size=values.numel(),
-            metadata=metadata.data_ptr(),
-            metadata_size=metadata.numel(),
-            bias=0 if bias is None else bias.data_ptr(),
-            bias_size=0 if bias is None else bias.numel(),
-            y=y.data_ptr(),
-            y_size=y.numel(),
-            workspace=workspace.data_ptr(),
-            workspace_size=workspace.numel(),
-            tokens=tokens,
-            out_features=out_features,
-            in_features=in_features,
-            stream=torch.cuda.current_stream().cuda_stream,
-        )
+    getattr(compiled.cuda(), f"{name}_{_CUDA_NAMES[values.dtype]}")(
+        x=x.data_ptr(),
+        x_size=x.numel(),
+        values=values.data_ptr(),
+        values_size=values.numel(),
+        metadata=metadata.data_ptr(),
+        metadata_size=metadata.numel(),
+        bias=0 if bias is None else bias.data_ptr(),
+        bias_size=0 if bias is None else bias.numel(),
+        y=y.data_ptr(),
+        y_size=y.numel(),
+        **workspace,
+        tokens=len(x),
+        out_features=y.shape[1],
+        in_features=x.shape[1],
+        stream=torch.cuda.current_stream().cuda_stream,
+    )
 
 
 def _linear_24_cuda(
@@ -118,12 +128,13 @@ def _linear_24_cuda(
                 f"got {tensor.dtype} on {tensor.device}"
             )
     tokens = x.shape[:-1].numel()
-    if tokens > _DECODE_TOKENS:
-        return linear(x, dense_cuda((values, metadata), out_features, in_features), bias)
     # not a view: autograd lets nobody write to one that an op has returned
     y = x.new_empty(*x.shape[:-1], out_features)
     bias = None if bias is None else bias.contiguous()
-    _decode(x.reshape(tokens, in_features).contiguous(), (values, metadata), bias, y.view(tokens, out_features))
+    multiply = _decode if tokens <= _DECODE_TOKENS else _prefill
+    # a launch goes to the current device
+    with torch.cuda.device(x.device):
+        multiply(x.reshape(tokens, in_features).contiguous(), (values, metadata), bias, y.view(tokens, out_features))
     return y
 
 
@@ -172,6 +183,8 @@ def cuda_refuses(packed: SemiStructured) -> str | None:
         return f"the weight must be on a CUDA device, got {packed.device}"
     if packed.dtype not in _CUDA_NAMES:
         return f"the weight must be bfloat16 or float16, got {packed.dtype}"
+    if packed.shape[1] > _MOST_INPUTS:
+        return f"in_features must be at most {_MOST_INPUTS}, got {packed.shape[1]}"
     major, minor = torch.cuda.get_device_capability(packed.device)
     if major < 8:
         return f"the card must have compute capability 8.0 or more, got {major}.{minor}"

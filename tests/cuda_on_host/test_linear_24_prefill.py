@@ -1,14 +1,17 @@
 """csrc/cuda/linear_24_prefill.cu without a card: every line runs on the CPU, and nvcc compiles it without spills."""
 
+import contextlib
+import ctypes
 import re
 import shutil
 import subprocess
+import types
 
 import pytest
 import torch
 
 from sparsekern.formats import SemiStructured
-from sparsekern.ops import fragments_24
+from sparsekern.ops import compiled, fragments_24, linear_24
 from sparsekern.pattern import NM
 from tests.cuda_on_host.emulator import CSRC, ORDERS, build
 
@@ -104,6 +107,65 @@ def test_more_inputs_than_an_offset_holds_are_refused_before_anything_is_read(on
     done = on_host.call("fp16", [None, None, None, None], [1, 1, 2**23 + 8])
     assert done.returncode == 71
     assert b"invalid configuration" in done.stderr
+
+
+@pytest.mark.parametrize("leading", [(65,), (3, 5, 5)], ids=str)
+def test_above_64_tokens_the_op_hands_the_kernel_the_right_addresses_and_sizes(on_host, leading, monkeypatch):
+    """The emulated kernel gets what the binding would get, and writes y where it is told."""
+    tokens = torch.Size(leading).numel()
+    x, weight, bias = problem(tokens, 7, 36, torch.bfloat16)
+    operands = fragments_24.reference(SemiStructured.pack(weight))
+
+    def multiply(*, stream, **given):
+        sizes = [given[f"{name}_size"] for name in ("x", "values", "metadata", "bias", "y")]
+        assert sizes == [tokens * 36, 2048, 128, 7, tokens * 7]
+        assert (given["values"], given["metadata"]) == tuple(operand.data_ptr() for operand in operands)
+        assert (stream, given["tokens"], given["out_features"], given["in_features"]) == (5, tokens, 7, 36)
+        data = ctypes.string_at(given["x"], x.nbytes)
+        y = run(on_host, torch.frombuffer(bytearray(data), dtype=x.dtype).view(tokens, 36), weight, bias)
+        ctypes.memmove(given["y"], y.data_ptr(), y.nbytes)
+        if built is not None:
+            names = re.findall(r"(\w+): typing", built.linear_24_prefill_bf16.__doc__)
+            assert set(names) == {"stream", *given}
+
+    built = compiled.cuda()
+    monkeypatch.setattr(compiled, "cuda", lambda: types.SimpleNamespace(linear_24_prefill_bf16=multiply))
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=5))
+    y = linear_24._linear_24_cuda(x.view(*leading, 36), *operands, bias, 7, 36)
+    assert y.shape == (*leading, 7)
+    assert_right(y.view(tokens, 7), x, weight, bias)
+
+
+def test_the_binding_refuses_sizes_that_contradict_each_other():
+    if compiled.cuda() is None:
+        pytest.skip(f"sparsekern._cuda: {compiled.why_not('cuda')}")
+    right = {
+        **dict.fromkeys(["x", "values", "metadata", "bias", "y", "bias_size", "stream"], 0),
+        **{"x_size": 65 * 36, "values_size": 2048, "metadata_size": 128, "y_size": 65 * 7},
+        **{"tokens": 65, "out_features": 7, "in_features": 36},
+    }
+    with pytest.raises(ValueError, match="values must hold panels"):
+        compiled.cuda().linear_24_prefill_bf16(**{**right, "values_size": 2047})
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="linear_24_prefill: .*(CUDA|driver|device)"):
+            compiled.cuda().linear_24_prefill_fp16(**right)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", TYPES, ids=TYPES.values())
+@pytest.mark.parametrize("tokens", [65, 128, 1000, 4096])
+@pytest.mark.parametrize("shape", [(1, 4), (129, 520), (1000, 4100), (4096, 4096)], ids=str)
+def test_on_a_card_the_kernel_matches_float64(dtype, tokens, shape):
+    kernel = next(kernel for kernel in linear_24.KERNELS if kernel.name == "cuda")
+    x, weight, bias = (t.cuda() for t in problem(tokens, *shape, dtype))
+    packed = SemiStructured.pack(weight)
+    assert kernel.refuses(packed) is None
+    operands = kernel.prepare(packed)
+    for b in (bias, None):
+        y = kernel.run(x, operands, b, *shape)
+        assert_right(y, x, weight, b)
+        assert torch.equal(y, kernel.run(x, operands, b, *shape))
 
 
 # sm_80 leaves the fewest registers over
