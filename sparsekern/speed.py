@@ -7,7 +7,8 @@ read and not the cache. Beside each speed-up stand
     ceiling     bytes of the dense weight / bytes of the packed weight: what reading less can give at most
     read share  the packed weight's bytes per second / those of the plain read, in the same rounds
 
-The best dense is the fastest of the baselines (baselines.py) in that row.
+The best dense is the fastest of the baselines in that row: torch's (baselines.py) and our own kernel with the weight
+dense. What own dense gains over torch's is the kernel's, what sparse gains over own dense is sparsity's.
 
 This is one file because a row is read with the code that measures it and with the table and drawing it ends in.
 """
@@ -25,8 +26,9 @@ from torch import Tensor
 
 from sparsekern.baselines import LINEAR, PREPACKED, Dense
 from sparsekern.formats import Bitmap
+from sparsekern.formats import Dense as DenseWeight
 from sparsekern.measure import machine
-from sparsekern.ops import linear_bitmap, stream_read
+from sparsekern.ops import linear_bitmap, linear_dense, stream_read
 from sparsekern.ops.kernel import Kernel, pick
 from sparsekern.plan import check_linear, random_input, rotate
 from sparsekern.shapes import LayerShape, ModelShape
@@ -39,13 +41,28 @@ READ = "read"
 ROUNDS = 100
 
 
+def _own_refuses(weight: Tensor) -> str | None:
+    kernel = pick(linear_dense.KERNELS, DenseWeight.pack(weight))
+    return "only the reference accepts it" if kernel.name == "reference" else None
+
+
+def _own_prepare(weight: Tensor, *_: object) -> Callable[[Tensor, Tensor | None], Tensor]:
+    packed = DenseWeight.pack(weight)
+    kernel = pick(linear_dense.KERNELS, packed)
+    operands, shape = kernel.prepare(packed), packed.shape
+    return lambda x, bias: kernel.run(x, operands, bias, *shape)
+
+
+OWN = Dense("own dense", _own_prepare, lambda x, own, bias: own(x, bias), _own_refuses)
+
+
 @dataclass(frozen=True)
 class Row:
     """One shape at one number of tokens.
 
     layers      the names of the layers that have this shape; `count` of them stand in a block
     dense       the latency of each baseline, by its name
-    speedup     best dense / sparse;  over_linear: F.linear / sparse
+    speedup     best dense / sparse;  over_linear: F.linear / sparse;  over_own: own dense / sparse
     read_share  of the plain read's bytes per second, 0..1; None when either is unsteady
     """
 
@@ -60,6 +77,7 @@ class Row:
     best: str
     speedup: Ratio
     over_linear: Ratio
+    over_own: Ratio
     dense_bytes: int
     packed_bytes: int
     read: Bandwidth
@@ -83,6 +101,7 @@ class Total:
     linear: float
     speedup: Ratio
     over_linear: Ratio
+    over_own: Ratio
     ceiling: float
 
     @classmethod
@@ -96,6 +115,7 @@ class Total:
             linear=sum(row.count * row.dense[LINEAR.name].median for row in rows),
             speedup=_weighted(rows, [row.speedup for row in rows]),
             over_linear=_weighted(rows, [row.over_linear for row in rows]),
+            over_own=_weighted(rows, [row.over_own for row in rows]),
             ceiling=sum(row.count * row.dense_bytes for row in rows)
             / sum(row.count * row.packed_bytes for row in rows),
         )
@@ -147,7 +167,7 @@ class Speed:
         )
         # a time and its (p10–p90) may stand on two lines, but are not cut
         widths = {"tokens": 6, "layers": 8, "shape": 9, "sparse us": 11, "dense us": 11, "best": 9}
-        widths |= {"speed-up": 11, "torch": 5, "ceiling": 5, "read": 4}
+        widths |= {"speed-up": 11, "own": 5, "torch": 5, "ceiling": 5, "read": 4}
         for name, width in widths.items():
             table.add_column(name, justify="left" if name in ("layers", "best") else "right", min_width=width)
         for total in self.totals:
@@ -156,7 +176,8 @@ class Speed:
                     table.add_row(*self._cells(row))
             name = "block"
             times = [f"{seconds * 1e6:.0f}" for seconds in (total.sparse, total.best)]
-            ratios = (_spread(total.speedup), _median(total.over_linear), f"{total.ceiling:.2f}x", "")
+            gains = (_spread(total.speedup), _median(total.over_own), _median(total.over_linear))
+            ratios = (*gains, f"{total.ceiling:.2f}x", "")
             table.add_row(str(total.tokens), name, "", *times, "", *ratios, style="bold", end_section=True)
         return table
 
@@ -167,7 +188,7 @@ class Speed:
             f"{facts['gpu'] or facts['cpu']}; reads {self.bandwidth} by {self.read_by}; torch {facts['torch']}; "
             f"commit {facts['commit'] or 'unknown'}; {self.date}",
             "median (p10–p90), ~ is unsteady; ratios of alternating samples, none (–) where one is unsteady",
-            "torch: speed-up over F.linear; read: of the bytes per second of a plain read in the same rounds",
+            "own, torch: speed-up over own dense, F.linear; read: of a plain read's bytes a second, same rounds",
         ]
         lines += [f"{name} did not run: {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
@@ -182,6 +203,7 @@ class Speed:
             _microseconds(row.dense[row.best]),
             row.best,
             _spread(row.speedup),
+            _median(row.over_own),
             _median(row.over_linear),
             f"{row.ceiling:.2f}x",
             "–" if row.read_share is None else f"{row.read_share:.0%}",
@@ -203,7 +225,7 @@ def measure_speed(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     seconds: float = 100.0,
-    dense: Sequence[Dense] = (LINEAR, PREPACKED),
+    dense: Sequence[Dense] = (LINEAR, PREPACKED, OWN),
     rounds: int = ROUNDS,
     arena: int | None = None,
     progress: Callable[[int, int], object] | None = None,
@@ -322,11 +344,17 @@ class _Bench:
             best=best,
             speedup=timed.ratio(best, self.kernel.name),
             over_linear=timed.ratio(LINEAR.name, self.kernel.name),
+            over_own=self._over_own(timed),
             dense_bytes=self._weight.nbytes,
             packed_bytes=self._packed_bytes,
             read=bandwidth,
             read_share=share,
         )
+
+    def _over_own(self, timed: Alternation) -> Ratio:
+        if OWN.name in timed.samples:
+            return timed.ratio(OWN.name, self.kernel.name)
+        return Ratio.unknown(f"{OWN.name} did not run")
 
     def _copies_of(self, dense: Dense, tokens: int) -> list[object]:
         return [dense.prepare(self._weight, self._bias, tokens) for _ in range(self._copies)]
@@ -353,6 +381,7 @@ def draw_speed(speed: Speed, axes) -> None:
     places = range(len(totals))
     for label, colour, ratios in (
         ("against the best dense", "tab:blue", [total.speedup for total in totals]),
+        ("against own dense", "tab:green", [total.over_own for total in totals]),
         ("against F.linear", "tab:orange", [total.over_linear for total in totals]),
     ):
         known = [(place, ratio) for place, ratio in zip(places, ratios, strict=True) if ratio.median is not None]
