@@ -85,3 +85,17 @@ def test_fragments_of_another_weight_are_refused():
     bad = SemiStructured(operands[0].new_zeros(1, 2), torch.zeros(1, 1, dtype=torch.int16), 4)
     with pytest.raises(ValueError, match="positions must ascend"):
         fragments_24.reference(bad)
+
+
+def test_the_metadata_lies_as_cutlass_orders_it():
+    """torch's converter makes what CUTLASS's kernels read: rows 16 to 31 of a column of tiles are its selector 1."""
+    from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
+
+    g = torch.Generator().manual_seed(0)
+    tiles = torch.randn(8, 16, 32, generator=g).bfloat16()
+    tiles = tiles.where(NM(2, 4).mask(tiles.abs().flatten(0, 1)).view_as(tiles), 0.0)
+    _, metadata = fragments_24.reference(SemiStructured.pack(torch.cat(list(tiles), dim=1)))
+    for register in range(4):
+        pair = torch.cat([tiles[2 * register], tiles[2 * register + 1]])
+        _, ordered = sparse_semi_structured_from_dense_cutlass(pair)
+        assert torch.equal(ordered.view(torch.int16).flatten().view(torch.int32), metadata[0, 0, :, register])
