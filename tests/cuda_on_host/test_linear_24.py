@@ -97,21 +97,48 @@ def test_x_may_lie_anywhere(on_host, shift, in_features):
     assert_right(y, x, weight, bias)
 
 
-def test_nan_and_infinity_reach_the_outputs_that_keep_their_input_and_no_other_token(on_host):
-    weight = torch.zeros(3, 260, dtype=torch.bfloat16)
+@pytest.mark.parametrize("in_features", [260, 264])
+def test_nan_and_infinity_reach_the_outputs_that_keep_their_input_and_no_other_token(on_host, in_features):
+    weight = torch.zeros(3, in_features, dtype=torch.bfloat16)
+    # input 0 is pruned by two that are kept; what fills the last chunk up must not read it in their place
+    weight[:, 2:4] = 1.0
     weight[0, 256:258] = 1.0
     weight[1, 258:260] = 1.0
-    weight[2, 4:6] = -0.0
-    x = torch.ones(9, 260, dtype=torch.bfloat16)
+    x = torch.ones(9, in_features, dtype=torch.bfloat16)
+    x[:, 0] = float("inf")
     x[2, 256], x[8, 259] = float("nan"), float("inf")
     y, _ = run(on_host, x, SemiStructured.pack(weight), None)
-    expected = torch.tensor([[2.0, 2.0, 0.0]]).repeat(9, 1)
+    expected = torch.tensor([[4.0, 4.0, 2.0]]).repeat(9, 1)
     expected[2, 0], expected[8, 1] = float("nan"), float("inf")
-    # row 2 keeps nothing: its zeros stand at positions 0 and 1, and are multiplied
+    # row 2 keeps nothing there: its zeros stand at positions 0 and 1, and are multiplied
     expected[2, 2] = float("nan")
     torch.testing.assert_close(y.float(), expected, equal_nan=True)
-    # zeros are positive, as those of the dense product are
-    assert not y.signbit()[~y.isnan()].any()
+
+
+def test_negative_zeros_are_packed_as_zeros_and_give_positive_ones(on_host):
+    weight = torch.full((3, 8), -0.0, dtype=torch.bfloat16)
+    y, _ = run(on_host, torch.full((2, 8), 3.0, dtype=torch.bfloat16), SemiStructured.pack(weight), None)
+    assert y.tolist() == [[0.0] * 3] * 2
+    assert not y.signbit().any()
+
+
+def test_warps_that_share_x_wait_for_each_other_before_its_next_chunk(on_host):
+    """One multiprocessor takes blocks of 16 warps with outputs of their own, and 5 chunks each."""
+    x, weight, bias = problem(9, 257, 1100, torch.bfloat16)
+    for order in ORDERS:
+        y, _ = run(on_host, x, SemiStructured.pack(weight), bias, order=order, multiprocessors=1)
+        assert_right(y, x, weight, bias)
+
+
+def test_blocks_are_summed_in_one_order_also_where_the_sum_nearly_cancels(on_host):
+    """The bits of what is left show every order of summation, in half of the inputs against the other half."""
+    x, weight, _ = problem(3, 20, 6400, torch.float16)
+    weight, x = torch.cat([weight, weight], dim=1), torch.cat([100 * x, -100 * x], dim=1)
+    x += 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).half()
+    packed = SemiStructured.pack(weight)
+    found = [run(on_host, x, packed, None, order=order, multiprocessors=132) for order in ORDERS]
+    assert all(workspace > 0 for _, workspace in found)
+    assert all(torch.equal(found[0][0], y) for y, _ in found)
 
 
 def test_weights_and_inputs_of_any_size_are_summed_in_float32(on_host):
