@@ -12,34 +12,17 @@ import json
 import sys
 
 import torch
-import transformers
 from torch import nn
 
 from sparsekern import hf, shapes
 from sparsekern.endtoend import compare_end_to_end
+from sparsekern.hf_generate import random_model
 from sparsekern.measure import linear_sparsity
 from sparsekern.pattern import Pattern, as_pattern
 from sparsekern.plan import Unmeasured
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 TINY_SECONDS = 2.0
-
-
-def random_model(shape: shapes.ModelShape, dtype: torch.dtype) -> nn.Module:
-    """A model of this shape with random weights."""
-    bias = any(layer.bias for layer in shape.layers)
-    # the one architecture here whose q, k and v have a bias
-    config_class = transformers.Qwen2Config if bias else transformers.LlamaConfig
-    config = config_class(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.blocks,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        tie_word_embeddings=shape.tied,
-    )
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def prune_by_magnitude(model: nn.Module, pattern: Pattern) -> None:
