@@ -12,6 +12,12 @@ from tests.ops.triton.without_a_card import ROOT, assert_cases_hold, compiled_fo
 CASES = "obs_sweep_cases.py"
 
 
+def version():
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2]))
+
+
 @pytest.fixture(autouse=True)
 def _where_triton_is(monkeypatch, tmp_path):
     if reason := triton.why_not():
@@ -46,8 +52,8 @@ def test_it_compiles_without_spills_to_few_registers(arch, block, n, m, quantise
     registers, spilled, instructions = compiled_for(arch, _obs_sweep_kernel, constants, types, options, tmp_path)
     assert spilled == 0
     assert not {"LDL", "STL"} & set(instructions)
-    # three programs of 128 threads on a multiprocessor
-    assert registers <= 168
+    # three programs of 128 threads on a multiprocessor; from Triton 3.9 on two
+    assert registers <= (168 if version() < (3, 9) else REGISTERS)
     assert len(instructions) <= most
     # fp32 products: no tensor core rounds them to tf32
     assert not {"HMMA", "HGMMA"} & set(instructions)
