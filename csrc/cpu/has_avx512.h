@@ -1,4 +1,4 @@
-// Whether this machine has what the kernels that expand and compress are compiled for.
+// Whether this machine has what the kernels on packed and on dense weights are compiled for.
 #pragma once
 
 namespace sparsekern {
@@ -10,6 +10,19 @@ inline bool has_avx512_vbmi2() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2") &&
          __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("popcnt");
+}
+
+inline bool has_avx512bw() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("popcnt") &&
+         __builtin_cpu_supports("bmi2");
+}
+
+// f16c came with them, and compilers cannot all ask for it
+inline bool has_avx2() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt");
 }
 
 // Where there is VDPBF16PS: whether it is faster than a shift, an and and two fused multiply-adds, which take as many

@@ -19,19 +19,6 @@ bool has_avx512_bf16() { return has_avx512_vbmi2() && __builtin_cpu_supports("av
 
 bool has_amx() { return has_avx512_vbmi2() && has_amx_bf16(); }
 
-bool has_avx512bw() {
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("popcnt") &&
-         __builtin_cpu_supports("bmi2");
-}
-
-// f16c came with them, and compilers cannot all ask for it
-bool has_avx2() {
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt");
-}
-
 constexpr int kAmxSet = 0;
 #endif
 

@@ -6,6 +6,7 @@
 
 #include "expand_avx2.h"
 #include "linear_bitmap.h"
+#include "panel_sums_avx2.h"
 
 namespace sparsekern {
 namespace {
@@ -16,8 +17,6 @@ constexpr int64_t kPrefetchBytes = 8192;
 constexpr int64_t kChunk = 8192 / 4 / kTileFloats;
 // groups whose sums stay in L1 beside them
 constexpr int64_t kWideGroups = 5;
-// of 16 registers, a token's sums take four
-constexpr int64_t kAtOnce = 3;
 // as many are worth expanding the weight twice: stored and loaded again it was slower
 constexpr int64_t kDirectTokens = 6;
 
@@ -28,18 +27,14 @@ struct Panel {
   const typename Kind::Value* values;
   const typename Kind::Value* end;
   int64_t masks_count;
-  int64_t row;
-  int64_t rows;
-  int64_t out_features;
+  PanelRows rows;
 
   Panel(const BitmapWeight& weight, int64_t panel)
       : masks(weight.masks + panel * block_count(weight) * kBlockMasks),
         values(static_cast<const typename Kind::Value*>(weight.values) + weight.panel_offsets[panel]),
         end(static_cast<const typename Kind::Value*>(weight.values) + weight.panel_offsets[panel + 1]),
         masks_count(block_count(weight) * kBlockMasks),
-        row(panel * kPanelRows),
-        rows(weight.out_features - row < kPanelRows ? weight.out_features - row : kPanelRows),
-        out_features(weight.out_features) {}
+        rows(weight.out_features, panel) {}
 };
 
 inline void prefetch(const void* address) {
@@ -55,41 +50,6 @@ inline const typename Kind::Value* expand_mask(uint32_t mask, const typename Kin
   use(2, Kind::expand(mask, 2, values + __builtin_popcount(mask << 16)));
   use(3, Kind::expand(mask, 3, values + __builtin_popcount(mask << 8)));
   return values + __builtin_popcount(mask);
-}
-
-// Four registers of lanes (row, input) to sixteen rows.
-inline void total(const __m256* sums, __m256& low, __m256& high) {
-  low = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_hadd_ps(sums[0], sums[1])), 0xd8));
-  high = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_hadd_ps(sums[2], sums[3])), 0xd8));
-}
-
-// y[token, the panel's rows] = sums + bias
-template <class Kind>
-void store(const Panel<Kind>& panel, __m256 low, __m256 high, const void* bias, void* y, int64_t token) {
-  using Value = typename Kind::Value;
-  alignas(32) Value rows[kPanelRows] = {};
-  if (bias != nullptr) {
-    __builtin_memcpy(rows, static_cast<const Value*>(bias) + panel.row,
-                     static_cast<size_t>(panel.rows) * sizeof(Value));
-    low = _mm256_add_ps(low, Kind::widen(rows));
-    high = _mm256_add_ps(high, Kind::widen(rows + kLanes));
-  }
-  Kind::narrow(low, rows);
-  Kind::narrow(high, rows + kLanes);
-  __builtin_memcpy(static_cast<Value*>(y) + token * panel.out_features + panel.row, rows,
-                   static_cast<size_t>(panel.rows) * sizeof(Value));
-}
-
-inline __m256 broadcast_pair(const float* x) {
-  double both;
-  __builtin_memcpy(&both, x, sizeof both);
-  return _mm256_castpd_ps(_mm256_set1_pd(both));
-}
-
-// How many of `rest` tokens to multiply at once: four are two and two, so that none is left alone.
-template <int64_t kMost>
-constexpr int64_t next_tokens(int64_t rest) {
-  return rest == 4 ? 2 : rest < kMost ? rest : kMost;
 }
 
 // The expanded weights go from the register straight into the sums of kTokens tokens. The x of a mask are x_step floats
@@ -140,7 +100,7 @@ void panel_direct(const Panel<Kind>& panel, const float* x, int64_t x_step, cons
     }
     __m256 low, high;
     total(sums[0][token], low, high);
-    if (token < tokens) store(panel, low, high, bias, y, token);
+    if (token < tokens) store<Kind>(panel.rows, low, high, bias, y, token);
   }
 }
 
@@ -208,7 +168,7 @@ void panel_wide(const Panel<Kind>& panel, const float* x, const Groups& groups, 
   }
   for (int64_t token = first_token; token < groups.first(end_group) && token < groups.tokens; ++token) {
     const float* sums = totals + (token - first_token) * kPanelRows;
-    store(panel, _mm256_load_ps(sums), _mm256_load_ps(sums + kLanes), bias, y, token);
+    store<Kind>(panel.rows, _mm256_load_ps(sums), _mm256_load_ps(sums + kLanes), bias, y, token);
   }
 }
 
@@ -277,7 +237,7 @@ void expand(const BitmapWeight& weight, void* dense, int64_t first_panel, int64_
         }
       }
       const int64_t inputs = weight.in_features - first * 2 < kBlockInputs ? weight.in_features - first * 2 : kBlockInputs;
-      for (int64_t r = 0; r < panel.rows; ++r) {
+      for (int64_t r = 0; r < panel.rows.count; ++r) {
         const Value* source = tile + r * 2;
         Value* target = dense_panel + r * weight.in_features + first * 2;
         int64_t i = 0;
@@ -285,7 +245,7 @@ void expand(const BitmapWeight& weight, void* dense, int64_t first_panel, int64_
         if (i < inputs) target[i] = *source;
       }
     }
-    dense_panel += panel.rows * weight.in_features;
+    dense_panel += panel.rows.count * weight.in_features;
   }
 }
 

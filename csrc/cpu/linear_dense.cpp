@@ -19,6 +19,8 @@ const LinearDensePanels* const kPanels[] = {
 #if defined(__x86_64__)
     &kLinearDenseAvx512Bf16,
     &kLinearDenseAvx512,
+    &kLinearDenseAvx512Bw,
+    &kLinearDenseAvx2,
 #endif
     &kLinearDensePortable,
 };
@@ -29,6 +31,8 @@ const InstructionSet kLinearDenseSets[] = {
 #if defined(__x86_64__)
     {"avx512_bf16", has_avx512_bf16, dot_is_faster},
     {"avx512", has_avx512_vbmi2},
+    {"avx512bw", has_avx512bw},
+    {"avx2", has_avx2},
 #endif
     {"portable", always},
     {nullptr, nullptr},

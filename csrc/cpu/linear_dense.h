@@ -17,6 +17,8 @@ extern const LinearDensePanels kLinearDensePortable;
 #if defined(__x86_64__)
 extern const LinearDensePanels kLinearDenseAvx512;
 extern const LinearDensePanels kLinearDenseAvx512Bf16;
+extern const LinearDensePanels kLinearDenseAvx512Bw;
+extern const LinearDensePanels kLinearDenseAvx2;
 #endif
 
 }  // namespace sparsekern

@@ -1,8 +1,8 @@
 """linear_bitmap: y = x W^T + bias with W packed as a bitmap and the kept values (formats/bitmap.py).
 
 Few tokens wait for the weight to arrive from memory, so half the bytes are nearly half the time; many tokens wait for
-the arithmetic, which a zero costs as much as any weight: from `_DENSE_TOKENS` on, on a processor without instructions for
-bfloat16, the weight is expanded, a slice at a time, for torch's own linear.
+the arithmetic, which a zero costs as much as any weight: from `_DENSE_TOKENS` on, where torch has instructions that the
+kernel has not, the weight is expanded, a slice at a time, for torch's own linear.
 
 The CPU kernels read the weight in panels of 16 outputs (bitmap_panels.py); the CUDA kernel reads it as it is saved.
 
@@ -31,12 +31,14 @@ Packed = Bitmap | SemiStructured
 
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 _CUDA_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-# measured on Zen 5, 4096 x 4096 at 50 %: with instructions for bfloat16 the sparse kernel is as fast as torch's product at
-# 1024 tokens and 6 % slower at 2048, where an expansion before it costs as much; without them torch's product, the
-# expansion with it, overtakes between 192 and 200 tokens; in float32 the sparse kernel was still twice as fast at 1024
+# measured on Zen 5, 4096 x 4096 at 50 %: with instructions for bfloat16 the sparse kernel is as fast as torch's
+# product at 1024 tokens and 6 % slower at 2048, where an expansion before it costs as much; without them torch's
+# product, the expansion with it, overtakes between 192 and 200 tokens; in float32 the sparse kernel was still twice
+# as fast at 1024, and in float16, of which torch has no fast product there, seven times at 512
 _DENSE_TOKENS = {torch.bfloat16: 192, torch.float16: 2048, torch.float32: 2048}
 # of the instruction sets that multiply bfloat16: by the tiles of AMX as fast as torch, which multiplies after the same
-# expansion, not measured yet; None: never
+# expansion, not measured yet; None: never. Where the processor has none of them torch has no fast product either: with
+# oneDNN and ATen kept to AVX2 and to AVX-512 the sparse kernels were 3.6 and 2.7 times as fast at 256 tokens
 _BFLOAT16_DENSE_TOKENS = {"amx_bf16": 1024, "avx512_bf16": None}
 # the CUDA kernel decodes the weight once for four tokens; not measured yet
 _CUDA_DENSE_TOKENS = 32
@@ -115,11 +117,13 @@ def through_dense(
 
 
 @functools.cache
-def _dense_tokens(dtype: torch.dtype) -> float:
-    isa = compiled.cpu().isa()
-    if dtype != torch.bfloat16 or isa not in _BFLOAT16_DENSE_TOKENS:
-        return _DENSE_TOKENS[dtype]
-    return _BFLOAT16_DENSE_TOKENS[isa] or math.inf
+def _dense_tokens(dtype: torch.dtype, isa: str) -> float:
+    if dtype == torch.bfloat16 and isa in _BFLOAT16_DENSE_TOKENS:
+        return _BFLOAT16_DENSE_TOKENS[isa] or math.inf
+    torch_is_fast = _BFLOAT16_DENSE_TOKENS.keys() & {*compiled.cpu().instruction_sets()}
+    if dtype == torch.bfloat16 and isa != "portable" and not torch_is_fast:
+        return math.inf
+    return _DENSE_TOKENS[dtype]
 
 
 def _linear_bitmap_cpu(
@@ -136,7 +140,7 @@ def _linear_bitmap_cpu(
     flat = flat.contiguous()
     # not a view: autograd lets nobody write to one that an op has returned
     y = x.new_empty(*x.shape[:-1], out_features)
-    multiply = sparse if len(flat) < _dense_tokens(x.dtype) else through_dense
+    multiply = sparse if len(flat) < _dense_tokens(x.dtype, compiled.cpu().isa()) else through_dense
     bias = None if bias is None else bias.contiguous()
     multiply(flat, (masks, values, panel_offsets), bias, y.view(len(flat), out_features), in_features)
     return y

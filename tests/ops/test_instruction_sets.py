@@ -1,10 +1,12 @@
 """Instruction sets: what is compiled for one stays in its files, and which one is used can be chosen."""
 
+import math
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import types
 from pathlib import Path
 
 import pytest
@@ -105,3 +107,16 @@ def test_no_set_is_chosen_where_nothing_was_compiled(monkeypatch):
     with pytest.raises(RuntimeError, match="without sparsekern._cpu: not built: no compiler"):
         with compiled.using("avx2"):
             pass
+
+
+def test_many_tokens_are_left_to_torch_only_where_its_product_is_faster(monkeypatch):
+    tokens = linear_bitmap._dense_tokens.__wrapped__
+    here = types.SimpleNamespace(instruction_sets=lambda: ("avx512_bf16", "avx512", "avx2", "portable"))
+    monkeypatch.setattr(compiled, "cpu", lambda: here)
+    assert tokens(torch.bfloat16, "avx512_bf16") == math.inf
+    assert tokens(torch.bfloat16, "avx2") == 192
+    # torch multiplies bfloat16 slowly on a processor that has no instruction for it
+    here.instruction_sets = lambda: ("avx2", "portable")
+    assert tokens(torch.bfloat16, "avx2") == math.inf
+    assert tokens(torch.bfloat16, "portable") == 192
+    assert tokens(torch.float32, "avx2") == 2048
