@@ -181,7 +181,7 @@ def build_cpu(build: Path) -> tuple[Path, dict]:
         "cflags": shlex.join([*flags, *headers(build.parent)]),
         "ldflags": shlex.join([*["-fopenmp"][: int(openmp)], *shlex.split(os.environ.get("LDFLAGS", ""))]),
     }
-    bindings = [path for path in sorted(CSRC.glob("bind_*.cpp")) if path.name != "bind_cuda.cpp"]
+    bindings = [path for path in sorted(CSRC.glob("bind_*.cpp")) if not path.name.startswith("bind_cuda")]
     sources = [*sorted(CSRC.glob("cpu/*.cpp")), *bindings]
     module = ninja_build("cpu", build, rules, sources)
     version = run([*compiler, "--version"])[1].splitlines()[0]
@@ -197,7 +197,7 @@ def build_cuda(build: Path) -> tuple[Path, dict]:
         "cflags": shlex.join([*flags, *headers(build.parent)]),
         "ldflags": "-cudart=static -Xlinker=--exclude-libs,ALL",
     }
-    sources = [*sorted(CSRC.glob("cuda/*.cu")), CSRC / "bind_cuda.cpp"]
+    sources = [*sorted(CSRC.glob("cuda/*.cu")), *sorted(CSRC.glob("bind_cuda*.cpp"))]
     module = ninja_build("cuda", build, rules, sources)
     version = run([compiler, "--version"])[1].splitlines()
     return module, {"compiler": "nvcc " + next((x for x in version if "release" in x), ""), "flags": flags}

@@ -7,25 +7,10 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/ops.h"
+#include "bind_cuda.h"
 #include "ops.h"
 
-namespace py = pybind11;
-
 namespace {
-
-template <typename T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-void check(bool right, const std::string& message) {
-  if (!right) throw py::value_error(message);
-}
-
-void raise(const char* op, cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(error));
-}
 
 template <typename Value>
 void linear_bitmap(uintptr_t x, int64_t x_size, uintptr_t values, uintptr_t bitmap, int64_t bitmap_size,
@@ -55,8 +40,6 @@ void bind_linear_bitmap(py::module_& module, const char* name) {
              py::arg("bias_size"), py::arg("y"), py::arg("y_size"), py::arg("tokens"), py::arg("in_features"),
              py::arg("stream"));
 }
-
-bool on_16_bytes(uintptr_t address) { return address % 16 == 0; }
 
 int64_t linear_24_workspace(int64_t tokens, int64_t out_features, int64_t in_features) {
   check(tokens >= 0 && in_features >= 0 && out_features >= 0, "sizes must not be negative");
@@ -147,4 +130,5 @@ PYBIND11_MODULE(_cuda, module) {
   bind_linear_24<__half>(module, "linear_24_fp16");
   bind_linear_24_prefill<__nv_bfloat16>(module, "linear_24_prefill_bf16");
   bind_linear_24_prefill<__half>(module, "linear_24_prefill_fp16");
+  bind_cuda_bitmap(module);
 }

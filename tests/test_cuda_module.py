@@ -21,6 +21,9 @@ REGISTERS = {
     r"linear_24_prefill_kernel\w+TileILi2E\w+Lb1E": 128,
     r"linear_24_prefill_kernel\w+TileILi2E\w+Lb0E": 138,
     r"linear_bitmap_kernel": 64,
+    r"bitmap_fragments_kernel\w+Li1E": 48,
+    r"bitmap_fragments_kernel\w+Li[24]E": 80,
+    r"bitmap_fragments_kernel\w+Li8E": 104,
 }
 MOST_REGISTERS = 128
 # of the loop with the instruction: the dense elements that a pass of it serves, a thread, and what a thread may spend
@@ -29,6 +32,10 @@ LOOPS = [
     # kernel, loop with, dense elements a thread, instructions an element, POPC an element
     (r"linear_24_kernel\w+Li1E", "HMMA.SP", 16 * 256 / 32, 1.6, 0),
     (r"linear_24_kernel\w+Li8E", "HMMA.SP", 16 * 256 / 32, 3.6, 0),
+    # two blocks of 64 inputs; 8, 16, 32 and 64 tokens. Only what the tokens add is above 4
+    (r"bitmap_fragments_kernel\w+Li[12]E", "HMMA", 16 * 128 / 32, 4, 0),
+    (r"bitmap_fragments_kernel\w+Li4E", "HMMA", 16 * 128 / 32, 4.4, 0),
+    (r"bitmap_fragments_kernel\w+Li8E", "HMMA", 16 * 128 / 32, 5.4, 0),
 ]
 
 

@@ -73,4 +73,48 @@ cudaError_t linear_24_prefill(const __half* x, const __half* values, const uint3
                               __half* y, int64_t tokens, int64_t out_features, int64_t in_features,
                               cudaStream_t stream);
 
+// A bitmap weight in the order of mma.m16n8k16, as ops/bitmap_fragments.py makes it: panels of kFragmentRows outputs by
+// segments of kSegmentInputs inputs, a segment being kSegmentBlocks blocks of 64. Lane 4 g + t of a warp has the rows g
+// and g + 8 of the panel and, of a block, the inputs 16 t .. 16 t + 15; for each 4 of them first row g, then row g + 8.
+//   masks      [panels, segments, kSegmentBlocks, 32 lanes], bit 8 i + 4 h + j is row g + 8 h, input 16 t + 4 i + j
+//   cells      [cell_rows, 4 lanes, 2, 4] bytes, 4 kept values of a lane: their low bytes, their high bytes
+//   quad_rows  [panels * segments * kLaneQuads + 1], where the cells of lanes 4 q .. 4 q + 3 of a segment begin
+//   capacity   the most rows of cells that any quad of a segment has
+// All lie on 16 bytes.
+constexpr int64_t kFragmentRows = 16;
+constexpr int64_t kSegmentInputs = 512;
+constexpr int kSegmentBlocks = 8;
+constexpr int kBlockWeights = 32;  // of a lane
+constexpr int kLaneQuads = 8;
+
+struct BitmapFragments {
+  const uint32_t* masks;
+  const unsigned char* cells;
+  const int32_t* quad_rows;
+  int cell_rows;
+  int capacity;
+  int64_t out_features;
+  int64_t in_features;
+
+  int64_t panels() const { return (out_features + kFragmentRows - 1) / kFragmentRows; }
+  int64_t segments() const { return (in_features + kSegmentInputs - 1) / kSegmentInputs; }
+};
+
+// dense [out_features, in_features] of 2-byte elements, every one written
+cudaError_t bitmap_fragments_to_dense(const BitmapFragments& weight, void* dense, cudaStream_t stream);
+
+// linear_bitmap_fragments: y[t, o] = sum_i x[t, i] W[o, i] + bias[o] for at most kBitmapFragmentsTokens tokens.
+//   x          [tokens, in_features]
+//   bias       [out_features] or null
+//   y          [tokens, out_features], every element written
+//   workspace  as many bytes as linear_bitmap_fragments_workspace says; what it holds does not matter
+// Accumulates in float32, in an order that depends on sizes and card alone.
+constexpr int64_t kBitmapFragmentsTokens = 64;
+
+cudaError_t linear_bitmap_fragments_workspace(const BitmapFragments& weight, int64_t tokens, int64_t* bytes);
+cudaError_t linear_bitmap_fragments(const BitmapFragments& weight, const __nv_bfloat16* x, const __nv_bfloat16* bias,
+                                    __nv_bfloat16* y, void* workspace, int64_t tokens, cudaStream_t stream);
+cudaError_t linear_bitmap_fragments(const BitmapFragments& weight, const __half* x, const __half* bias, __half* y,
+                                    void* workspace, int64_t tokens, cudaStream_t stream);
+
 }  // namespace sparsekern::cuda

@@ -4,7 +4,8 @@ Few tokens wait for the weight to arrive from memory, so half the bytes are near
 the arithmetic, which a zero costs as much as any weight: from `_DENSE_TOKENS` on, where torch has instructions that the
 kernel has not, the weight is expanded, a slice at a time, for torch's own linear.
 
-The CPU kernels read the weight in panels of 16 outputs (bitmap_panels.py); the CUDA kernel reads it as it is saved.
+The CPU kernels read the weight in panels of 16 outputs (bitmap_panels.py). On a card 2-byte weights go to the tensor
+cores (linear_bitmap_fragments.py); the simple CUDA kernel, float32's, reads the weight as it is saved.
 
 NaN and inf in x reach every output, as in the dense product. On a processor with AVX512_BF16 subnormal weights and
 inputs count as zero.
@@ -23,7 +24,7 @@ from torch.nn.functional import linear
 
 from sparsekern.formats import SemiStructured
 from sparsekern.formats.bitmap import Bitmap
-from sparsekern.ops import bitmap_rows, compiled
+from sparsekern.ops import bitmap_rows, compiled, linear_bitmap_fragments
 from sparsekern.ops.bitmap_panels import PANEL_ROWS, addresses, from_panels, to_panels
 from sparsekern.ops.kernel import Kernel, never_refuses
 
@@ -329,6 +330,7 @@ def _run_reference(
 
 KERNELS = (
     Kernel("cpu", run_cpu, cpu_refuses, to_panels, from_panels, dense_cpu),
-    Kernel("cuda", run_cuda, cuda_refuses, _as_saved, _from_saved, dense_from_saved),
+    linear_bitmap_fragments.KERNELS[0],
+    Kernel("cuda_rows", run_cuda, cuda_refuses, _as_saved, _from_saved, dense_from_saved),
     Kernel("reference", _run_reference, never_refuses, _as_saved, _from_saved, dense_from_saved),
 )

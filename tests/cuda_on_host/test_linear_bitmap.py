@@ -104,7 +104,7 @@ def test_the_fake_kernel_knows_the_shape():
 @pytest.mark.parametrize("dtype", TYPES, ids=TYPES.values())
 @pytest.mark.parametrize("tokens", [0, 1, 3, 31, 33])
 def test_on_a_card_the_kernel_matches_float64(dtype, tokens):
-    kernel = next(kernel for kernel in linear_bitmap.KERNELS if kernel.name == "cuda")
+    kernel = next(kernel for kernel in linear_bitmap.KERNELS if kernel.name == "cuda_rows")
     x, weight, bias = (t.cuda() for t in problem(tokens, 129, 1001, dtype))
     packed = Bitmap.pack(weight)
     assert kernel.refuses(packed) is None

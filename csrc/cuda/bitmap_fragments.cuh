@@ -1,0 +1,87 @@
+// A bitmap weight in the order of mma.m16n8k16 (ops.h: BitmapFragments): how a warp copies a segment into shared memory
+// and rebuilds fragments from it.
+//
+// The kept values of a lane are a run of bytes in two planes, low and high, so that one prmt puts four weights of a row
+// in their places in a plane, with one selector, and zeros where none is kept. That selector, and how far the run goes
+// on, come from the row's four mask bits by a shuffle: lane i of each half warp holds the answer for the bits i. In shared
+// memory each lane has its own column of cells, which no other lane's loads get in the way of.
+#pragma once
+
+#include "ops.h"
+#include "ptx.cuh"
+
+namespace sparsekern::cuda {
+
+constexpr int kCellValues = 4;                            // of a lane: 4 low bytes, 4 high bytes
+constexpr int kCellRowBytes = 32 * 2 * kCellValues;       // a cell of every lane of the warp
+constexpr int kQuadRowBytes = kCellRowBytes / kLaneQuads;  // as saved: a cell of every lane that has the same rows
+constexpr int kMaskBytes = kSegmentBlocks * 32 * 4;
+// a block's values and what a window reads behind them: as far as masks that lie can lead
+constexpr int kGuardRows = kBlockWeights / kCellValues + 3;
+
+// Shared memory of a warp for the longest run of `capacity` cells; kGuardRows follow the last warp's.
+__host__ __device__ constexpr int warp_bytes(int capacity) { return kMaskBytes + capacity * kCellRowBytes; }
+
+// For four mask bits: the selector of prmt that spreads a window's next bytes, and above it 8 bits for each one kept.
+__device__ __forceinline__ uint32_t spread_of(unsigned bits) {
+  uint32_t selector = 0, kept = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const bool here = bits >> i & 1;
+    // byte 4 is of the second operand, which is zero
+    selector |= (here ? kept : 4u) << 4 * i;
+    kept += here;
+  }
+  return selector | kept << 19;
+}
+
+// Asks for the masks and cells of a segment; cp.async, not committed.
+//   masks, cells  of the weight   quad_rows  [kLaneQuads + 1] of this segment, where each quad's cells begin and end
+__device__ __forceinline__ void copy_segment(unsigned char* to, const uint32_t* masks, const unsigned char* cells,
+                                             const int32_t* quad_rows, int cell_rows, int capacity, int lane) {
+#pragma unroll
+  for (int i = 0; i < kMaskBytes / 512; ++i) {
+    ptx::cp_async_16(to + i * 512 + lane * 16, masks + i * 128 + lane * 4);
+  }
+  // rows of masks that lie are cut to what there is, here and in shared memory
+  const int first = min(max(quad_rows[lane / 4], 0), cell_rows);
+  const int rows = min(min(quad_rows[lane / 4 + 1], cell_rows) - first, capacity);
+  const unsigned char* from = cells + static_cast<int64_t>(first) * kQuadRowBytes + lane % 4 * 16;
+  // 4 lanes copy two rows of their own quad at a time
+  unsigned char* cells_smem_write =
+      to + kMaskBytes + lane % 4 / 2 * kCellRowBytes + lane / 4 * kQuadRowBytes + lane % 2 * 16;
+#pragma unroll 4
+  for (int row = lane % 4 / 2; row < rows; row += 2) {
+    ptx::cp_async_16(cells_smem_write, from);
+    cells_smem_write += 2 * kCellRowBytes;
+    from += 2 * kQuadRowBytes;
+  }
+}
+
+// The next 8 weights of a lane, `mask` their bits and whatever is above: 4 inputs of row g in a[0], a[2], and of row
+// g + 8 in a[1], a[3].
+//   run  the lane's place in shared memory: kCellRowBytes a cell is 32, so that its low 5 bits are those of the byte
+__device__ __forceinline__ void expand(uint32_t (&a)[4], uint32_t mask, uint32_t spread, uint32_t& run,
+                                       uint32_t column) {
+  constexpr uint32_t kAll = 0xffffffff;
+  const uint32_t upper = __shfl_sync(kAll, spread, static_cast<int>(mask), 16);
+  const uint32_t lower = __shfl_sync(kAll, spread, static_cast<int>(mask >> 4), 16);
+  const unsigned char* at = ptx::shared_memory() + ((run << 3 & ~(kCellRowBytes - 1u)) | column);
+  const uint2 cell_0 = *reinterpret_cast<const uint2*>(at);
+  const uint2 cell_1 = *reinterpret_cast<const uint2*>(at + kCellRowBytes);
+  const uint2 cell_2 = *reinterpret_cast<const uint2*>(at + 2 * kCellRowBytes);
+  // the shift counts modulo 32
+  const uint32_t low_0 = __funnelshift_r(cell_0.x, cell_1.x, run);
+  const uint32_t high_0 = __funnelshift_r(cell_0.y, cell_1.y, run);
+  const uint32_t low_1 = __funnelshift_rc(low_0, __funnelshift_r(cell_1.x, cell_2.x, run), upper >> 16);
+  const uint32_t high_1 = __funnelshift_rc(high_0, __funnelshift_r(cell_1.y, cell_2.y, run), upper >> 16);
+  run += (upper >> 16) + (lower >> 16);
+  const uint32_t low_upper = ptx::prmt(low_0, 0, upper), high_upper = ptx::prmt(high_0, 0, upper);
+  const uint32_t low_lower = ptx::prmt(low_1, 0, lower), high_lower = ptx::prmt(high_1, 0, lower);
+  a[0] = ptx::prmt(low_upper, high_upper, 0x5140);
+  a[1] = ptx::prmt(low_lower, high_lower, 0x5140);
+  a[2] = ptx::prmt(low_upper, high_upper, 0x7362);
+  a[3] = ptx::prmt(low_lower, high_lower, 0x7362);
+}
+
+}  // namespace sparsekern::cuda

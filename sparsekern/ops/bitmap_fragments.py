@@ -1,0 +1,197 @@
+"""bitmap_fragments: a bitmap weight as it is saved (formats/bitmap.py) to what a card's tensor cores read, and back.
+
+A panel is 16 outputs by all inputs, a segment of it 512 inputs, in 8 blocks of 64. Lane 4 g + t of a warp has rows g
+and g + 8 of the panel and inputs 16 t .. 16 t + 15 of each block: what mma.m16n8k16 wants of it, if its columns are
+named so that a lane's are neighbours. For each four inputs it has those of row g, then those of row g + 8.
+
+    masks      [panels, segments, 8 blocks, 32 lanes] int32, bit 8i + 4h + j: row g + 8h, input 16t + 4i + j is kept
+    cells      [cell_rows, 4 lanes, 2, 4] uint8, four kept values of a lane: their low bytes, then their high bytes
+    quad_rows  [panels * segments * 8 + 1] int32, where the rows of cells of lanes 4q .. 4q + 3 of a segment begin
+    capacity   [rows, 0] of the weight's dtype: no elements, but as many rows as the longest quad of a segment has
+
+The kept values of a lane in a segment are one run in the order of the bits. The four lanes that have the same rows
+take as many cells as the fullest of them, filled up with zeros: at 50 % about 8 % more values than are kept, at 70 %
+12 %; and never more bytes than the dense weight with its masks.
+
+Both directions check what they read, for a bitmap and a module's tensors may come from a file.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sparsekern.formats.bitmap import Bitmap, pack_bits, unpack_bits
+from sparsekern.ops import bitmap_rows, compiled
+from sparsekern.ops.kernel import Kernel, never_refuses
+
+PANEL_ROWS = 16
+SEGMENT_INPUTS = 512
+
+_QUADS = 8
+_LANES = 32
+_BLOCKS = 8
+_CELL = 4  # values
+_RUN = _BLOCKS * 32  # weights of a lane in a segment
+_DTYPES = (torch.bfloat16, torch.float16)
+# what is converted in one go: some hundred bytes are needed for each weight of it
+_CHUNK_WEIGHTS = 1 << 22
+
+Fragments = tuple[Tensor, ...]
+
+
+def reference(packed: Bitmap) -> Fragments:
+    """The masks, cells, quad_rows and capacity that the kernel reads.
+
+    Raises ValueError as Bitmap.validate does, and for a weight that is not of 2 bytes or has 2^31 rows of cells.
+    """
+    packed.validate()
+    if packed.dtype not in _DTYPES:
+        raise ValueError(f"the weight must be bfloat16 or float16, got {packed.dtype}")
+    panels, segments = sizes(*packed.shape)
+    device = packed.device
+    masks, cells, rows = [], [], [torch.zeros(1, dtype=torch.int64, device=device)]
+    for kept, values in _runs(packed, panels, segments):
+        bits = kept.view(*kept.shape[:3], _BLOCKS, 32).transpose(2, 3)  # [panels, segments, 8, lanes, 32]
+        masks.append(pack_bits(bits).view(torch.int32).view(bits.shape[:-1]))
+        counts = kept.sum(dim=3)  # of a lane, [panels, segments, lanes]
+        quads = counts.view(-1, 4).amax(dim=1).add(_CELL - 1) // _CELL
+        begin = quads.cumsum(0) - quads
+        made = torch.zeros(int(quads.sum()), 4, 2, _CELL, dtype=torch.uint8, device=device)
+        lane = kept.reshape(-1, _RUN).nonzero()[:, 0]
+        counts = counts.flatten()
+        rank = torch.arange(len(lane), device=device) - (counts.cumsum(0) - counts)[lane]
+        halves = values.view(torch.uint8).view(-1, 2)
+        for plane in range(2):
+            made[begin[lane // 4] + rank // _CELL, lane % 4, plane, rank % _CELL] = halves[:, plane]
+        cells.append(made)
+        rows.append(quads)
+    quad_rows = torch.cat(rows).cumsum(0)
+    if int(quad_rows[-1]) >= 1 << 31:
+        raise ValueError(f"the weight must have fewer than 2^31 rows of cells, got {int(quad_rows[-1])}")
+    capacity = max((int(quads.max()) for quads in rows if len(quads)), default=0)
+    return (
+        torch.cat(masks) if masks else torch.empty(0, segments, _BLOCKS, _LANES, dtype=torch.int32, device=device),
+        torch.cat(cells) if cells else torch.empty(0, 4, 2, _CELL, dtype=torch.uint8, device=device),
+        quad_rows.int(),
+        packed.values.new_empty(capacity, 0),
+    )
+
+
+def reference_inverse(operands: Fragments, out_features: int, in_features: int) -> Bitmap:
+    """The inverse of `reference`, bit for bit. Raises ValueError when the operands contradict each other."""
+    masks, cells, quad_rows, capacity = operands
+    check(operands, out_features, in_features)
+    panels, segments = sizes(out_features, in_features)
+    kept = unpack_bits(masks.unsqueeze(-1).view(torch.uint8), 32).transpose(2, 3)  # [panels, segments, lanes, 8, 32]
+    kept = kept.reshape(panels, segments, _LANES, _RUN)
+    counts = kept.sum(dim=3).flatten()
+    begin = quad_rows[:-1].long()
+    # a lane's values end where its quad's cells do at the latest
+    crowded = (counts.view(-1, 4).amax(dim=1) > quad_rows.diff() * _CELL).nonzero()
+    if len(crowded):
+        quad = int(crowded[0])
+        raise ValueError(
+            f"masks of panel {quad // (segments * _QUADS)}, segment {quad // _QUADS % segments} keep more weights than "
+            "there are cells for"
+        )
+    lane = kept.reshape(-1, _RUN).nonzero()[:, 0]
+    rank = torch.arange(len(lane), device=masks.device) - (counts.cumsum(0) - counts)[lane]
+    halves = [cells[begin[lane // 4] + rank // _CELL, lane % 4, plane, rank % _CELL] for plane in range(2)]
+    values = torch.stack(halves, dim=1).view(capacity.dtype).flatten()
+    dense = values.new_zeros(kept.shape).masked_scatter_(kept, values)
+    kept, dense = (_in_row_order(t, out_features, in_features) for t in (kept, dense))
+    row_offsets = torch.zeros(out_features + 1, dtype=torch.int64, device=masks.device)
+    torch.cumsum(kept.sum(dim=1), dim=0, out=row_offsets[1:])
+    if int(row_offsets[-1]) != len(values):
+        raise ValueError("masks keep weights after the last row or input")
+    return Bitmap(dense[kept], pack_bits(kept), row_offsets, in_features)
+
+
+def sizes(out_features: int, in_features: int) -> tuple[int, int]:
+    """How many panels and segments a weight has."""
+    return -(-out_features // PANEL_ROWS), -(-in_features // SEGMENT_INPUTS)
+
+
+def check(operands: Fragments, out_features: int, in_features: int) -> None:
+    """Raises ValueError unless the operands are of the sizes that the shape asks for, and quad_rows of the cells'."""
+    masks, cells, quad_rows, capacity = operands
+    panels, segments = sizes(out_features, in_features)
+    for name, tensor, shape, dtype in (
+        ("masks", masks, [panels, segments, _BLOCKS, _LANES], torch.int32),
+        ("cells", cells, [len(cells), 4, 2, _CELL], torch.uint8),
+        ("quad_rows", quad_rows, [panels * segments * _QUADS + 1], torch.int32),
+        ("capacity", capacity, [len(capacity), 0], capacity.dtype),
+    ):
+        if list(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be {shape} of {dtype} and contiguous, got {list(tensor.shape)} of {tensor.dtype}"
+            )
+    rows = quad_rows.diff()
+    first, last = int(quad_rows[0]), int(quad_rows[-1])
+    if first != 0 or last != len(cells) or bool((rows < 0).any()):
+        raise ValueError(f"quad_rows must rise from 0 to the {len(cells)} rows of cells, got {first} to {last}")
+
+
+def addresses(operands: Fragments, out_features: int, in_features: int) -> dict[str, int]:
+    """The operands for the compiled module, which checks their sizes."""
+    masks, cells, quad_rows, capacity = operands
+    return {
+        "masks": masks.data_ptr(),
+        "masks_size": masks.numel(),
+        "cells": cells.data_ptr(),
+        "cell_rows": len(cells),
+        "quad_rows": quad_rows.data_ptr(),
+        "quad_rows_size": len(quad_rows),
+        "capacity": len(capacity),
+        "out_features": out_features,
+        "in_features": in_features,
+    }
+
+
+def to_dense(operands: Fragments, out_features: int, in_features: int) -> Tensor:
+    """The dense weight [out_features, in_features], on a card by one kernel that reads each byte once."""
+    if operands[0].device.type != "cuda" or compiled.why_not("cuda"):
+        return reference_inverse(operands, out_features, in_features).to_dense()
+    dense = operands[3].new_empty(out_features, in_features)
+    # a launch goes to the current device
+    with torch.cuda.device(dense.device):
+        compiled.cuda().bitmap_fragments_to_dense(
+            **addresses(operands, out_features, in_features),
+            dense=dense.data_ptr(),
+            dense_size=dense.numel(),
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+    return dense
+
+
+def _runs(packed: Bitmap, panels: int, segments: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """By some panels: what each lane keeps [panels, segments, lanes, 256] bool, and the kept values in that order."""
+    out_features, in_features = packed.shape
+    step = max(1, _CHUNK_WEIGHTS // (PANEL_ROWS * SEGMENT_INPUTS * max(segments, 1)))
+    for first in range(0, panels, step):
+        rows = slice(first * PANEL_ROWS, min((first + step) * PANEL_ROWS, out_features))
+        offsets = packed.row_offsets[rows.start : rows.stop + 1]
+        values = packed.values[int(offsets[0]) : int(offsets[-1])]
+        part = Bitmap(values, packed.bitmap[rows], offsets - offsets[0], in_features)
+        count = min(step, panels - first)
+        kept = _in_run_order(part.kept(), count, segments)
+        yield kept, _in_run_order(bitmap_rows.to_dense(part), count, segments)[kept]
+
+
+def _in_run_order(dense: Tensor, panels: int, segments: int) -> Tensor:
+    out_features, in_features = dense.shape
+    padded = pad(dense, (0, segments * SEGMENT_INPUTS - in_features, 0, panels * PANEL_ROWS - out_features))
+    # rows are (h, g), inputs (segment, block, t, i, j)
+    tiles = padded.view(panels, 2, 8, segments, _BLOCKS, 4, 4, 4).permute(0, 3, 2, 5, 4, 6, 1, 7)
+    return tiles.reshape(panels, segments, _LANES, _RUN)
+
+
+def _in_row_order(runs: Tensor, out_features: int, in_features: int) -> Tensor:
+    panels, segments = runs.shape[:2]
+    tiles = runs.view(panels, segments, 8, 4, _BLOCKS, 4, 2, 4).permute(0, 6, 2, 1, 4, 3, 5, 7)
+    return tiles.reshape(panels * PANEL_ROWS, segments * SEGMENT_INPUTS)[:out_features, :in_features]
+
+
+KERNELS = (Kernel("reference", reference, never_refuses, restore=reference_inverse),)

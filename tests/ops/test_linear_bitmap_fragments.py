@@ -1,0 +1,34 @@
+"""linear_bitmap_fragments: the reference against float64, what is refused, the shape that is promised."""
+
+import pytest
+import torch
+
+from sparsekern.formats import Bitmap
+from sparsekern.ops import bitmap_fragments, linear_bitmap, linear_bitmap_fragments
+from tests.ops.test_bitmap_fragments import problem
+
+KERNELS = {kernel.name: kernel for kernel in linear_bitmap_fragments.KERNELS}
+TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("leading", [(0,), (1,), (3, 5), ()], ids=str)
+def test_the_reference_matches_float64(leading, dtype):
+    weight, x = problem(37, 70, 0.5, dtype), torch.randn(*leading, 70).to(dtype)
+    bias = torch.randn(37).to(dtype)
+    operands = bitmap_fragments.reference(Bitmap.pack(weight))
+    y = KERNELS["reference"].run(x, operands, bias, 37, 70)
+    expected = x.double() @ weight.double().T + bias.double()
+    assert (y.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+
+
+def test_the_kernel_of_a_card_is_one_of_linear_bitmap_and_says_why_it_cannot_serve():
+    assert KERNELS["cuda"] in linear_bitmap.KERNELS
+    packed = Bitmap.pack(problem(3, 5, 0.5))
+    assert KERNELS["cuda"].refuses(packed) == "the weight must be on a CUDA device, got cpu"
+
+
+def test_the_fake_kernel_knows_the_shape():
+    operands = [t.to("meta") for t in bitmap_fragments.reference(Bitmap.pack(problem(7, 37, 0.5)))]
+    x = torch.empty(2, 3, 37, device="meta", dtype=torch.bfloat16)
+    assert torch.ops.sparsekern.linear_bitmap_fragments(x, *operands, None, 7, 37).shape == (2, 3, 7)
