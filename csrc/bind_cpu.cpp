@@ -160,6 +160,7 @@ PYBIND11_MODULE(_cpu, module) {
   bind_bitmap(module);
   bind_bitmap_int8(module);
   bind_dense(module);
+  bind_24(module);
   module.def("obs_sweep_sets", [] { return names_of(kObsSweepSets); }, "Those this machine has, best first.");
   module.def("obs_sweep", obs_sweep_checked, py::arg("weight"), py::arg("weight_stride"), py::arg("u"), py::arg("mask"),
              py::arg("mask_stride"), py::arg("n"), py::arg("m"), py::arg("scale"), py::arg("levels"),

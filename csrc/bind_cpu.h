@@ -17,6 +17,7 @@ namespace sparsekern {
 void bind_bitmap(py::module_& module);
 void bind_bitmap_int8(py::module_& module);
 void bind_dense(py::module_& module);
+void bind_24(py::module_& module);
 
 using Address = std::uintptr_t;
 

@@ -81,6 +81,28 @@ extern const InstructionSet kLinearDenseSets[];
 bool linear_dense(const DenseWeight& weight, const void* x, const void* bias, void* y, int64_t tokens, int set,
                   int threads);
 
+// linear_24: y[t, o] = sum_i x[t, i] W[o, i] + bias[o], W bfloat16 with two values of every four inputs, in the panels and
+// blocks of linear_bitmap.
+//   values     [panels, blocks, kGroups24, kPanelRows, 2], those of group g of a row in the order of their inputs
+//   positions  [panels, blocks, kGroups24], of row n bits 4 n and 4 n + 1 the first value's input in its group, the two
+//              bits after them the second's
+// Values of rows and inputs that do not exist are zeros, at any position.
+constexpr int64_t kGroups24 = kBlockInputs / 4;
+
+struct Weight24 {
+  const void* values;
+  const uint64_t* positions;
+  int64_t out_features;
+  int64_t in_features;
+};
+
+// Best first, ended by a null name.
+extern const InstructionSet kLinear24Sets[];
+
+// x, bias, y, tokens, set (an index into kLinear24Sets), threads and what is returned as in linear_bitmap, all bfloat16.
+// What is not kept is not multiplied: NaN and infinity in x reach the outputs that keep a weight there.
+bool linear_24(const Weight24& weight, const void* x, const void* bias, void* y, int64_t tokens, int set, int threads);
+
 // bitmap_rows: a weight as it is saved (formats/bitmap.py), from the dense one and back. Nothing that it says of itself
 // is believed: a row is counted before it is converted, and what is wrong is told by its number.
 struct BitmapRows {

@@ -194,7 +194,7 @@ def test_a_24_weight_is_served_by_a_compiled_kernel_and_stays_24():
     (row,) = sk.sparsify(model, plan=sk.Unmeasured()).swapped
     if row["kernel"] == "reference":
         pytest.skip(f"no compiled kernel: {compiled.why_not('cpu')}")
-    assert (row["format"], row["kernel"]) == ("2:4", "cpu")
+    assert (row["format"], row["kernel"]) == ("2:4", "cpu_bitmap")
 
 
 def test_what_packing_would_make_larger_stays_dense():

@@ -20,6 +20,10 @@ struct Bf16ByDot : Bf16Values {
     __builtin_memcpy(&both, x, sizeof both);
     sum.rows = _mm512_dpbf16_ps(sum.rows, w, reinterpret_cast<__m512bh>(_mm512_set1_epi32(both)));
   }
+  // each row has its own two inputs, a dword of x
+  static void add_each(Sum& sum, Weights w, __m512i x) {
+    sum.rows = _mm512_dpbf16_ps(sum.rows, w, reinterpret_cast<__m512bh>(x));
+  }
   static __m512 total(const Sum& sum) { return sum.rows; }
 };
 

@@ -73,6 +73,12 @@ struct Bf16ByFma : Bf16Values {
     sum.rows = _mm512_fmadd_ps(w.even, _mm512_set1_ps(x[0]), sum.rows);
     sum.rows = _mm512_fmadd_ps(w.odd, _mm512_set1_ps(x[1]), sum.rows);
   }
+  // each row has its own two inputs, a dword of x
+  static void add_each(Sum& sum, const Weights& w, __m512i x) {
+    const Weights inputs = weights({{x}});
+    sum.rows = _mm512_fmadd_ps(w.even, inputs.even, sum.rows);
+    sum.rows = _mm512_fmadd_ps(w.odd, inputs.odd, sum.rows);
+  }
   static __m512 total(const Sum& sum) { return sum.rows; }
 };
 

@@ -8,8 +8,12 @@ reads it once; for more, another one multiplies tiles of outputs and tokens. Bot
 else: NaN and inf in x at a pruned input do not reach the output, but for groups that keep fewer than two weights, whose
 zeros are multiplied as weights are.
 
+On the CPU a bfloat16 weight is kept in panels (panels_24.py), 9/16 of the dense bytes, where the processor has AVX-512
+with VBMI: a shuffle brings each value its input, so that half of the dense arithmetic is left too. It multiplies what
+the tensor cores do. A processor with AVX512_BF16 takes subnormal weights and inputs for zero.
+
 Elsewhere linear_bitmap's kernels serve, for a bitmap takes the same bytes but for 8 a row. In a group that keeps fewer
-than two weights `restore` puts the zeros where SemiStructured.pack does.
+than two weights their `restore` puts the zeros where SemiStructured.pack does.
 
 The gradient of x is g W, with the dense weight W, which is built for it and freed. The packed weight has none.
 """
@@ -19,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from sparsekern.formats import Bitmap, SemiStructured
-from sparsekern.ops import bitmap_rows, compiled, cusparselt, fragments_24, linear_bitmap
+from sparsekern.ops import bitmap_rows, compiled, cusparselt, fragments_24, linear_bitmap, panels_24
 from sparsekern.ops.bitmap_panels import from_panels, to_panels
 from sparsekern.ops.kernel import Kernel, never_refuses
 
@@ -138,13 +142,13 @@ def _linear_24_cuda(
     return y
 
 
-def _linear_24_cuda_fake(
+def _linear_24_fake(
     x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, out_features: int, in_features: int
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-def _keep_cuda(ctx, inputs: tuple, output: Tensor) -> None:
+def _keep(ctx, inputs: tuple, output: Tensor) -> None:
     _, values, metadata, _, *ctx.sizes = inputs
     ctx.save_for_backward(values, metadata)
 
@@ -161,8 +165,8 @@ _LIBRARY.define(
     "-> Tensor"
 )
 _LIBRARY.impl("linear_24_cuda", _linear_24_cuda, "CUDA")
-torch.library.register_fake("sparsekern::linear_24_cuda", _linear_24_cuda_fake, lib=_LIBRARY)
-torch.library.register_autograd("sparsekern::linear_24_cuda", _backward_cuda, setup_context=_keep_cuda, lib=_LIBRARY)
+torch.library.register_fake("sparsekern::linear_24_cuda", _linear_24_fake, lib=_LIBRARY)
+torch.library.register_autograd("sparsekern::linear_24_cuda", _backward_cuda, setup_context=_keep, lib=_LIBRARY)
 
 
 def run_cuda(
@@ -191,8 +195,96 @@ def cuda_refuses(packed: SemiStructured) -> str | None:
     return compiled.why_not("cuda")
 
 
+def multiply(
+    x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, y: Tensor, in_features: int, isa: str = ""
+) -> None:
+    """Write y [tokens, out_features] with the compiled kernel of an instruction set ("" = the best this machine has).
+
+    x     [tokens, in_features] bfloat16, contiguous
+    bias  [out_features] contiguous, or None
+    """
+    values, positions = operands
+    tokens, out_features = y.shape
+    compiled.cpu().linear_24(
+        values.data_ptr(),
+        values.numel(),
+        positions.data_ptr(),
+        positions.numel(),
+        out_features,
+        in_features,
+        x.data_ptr(),
+        x.numel(),
+        0 if bias is None else bias.data_ptr(),
+        0 if bias is None else bias.numel(),
+        y.data_ptr(),
+        y.numel(),
+        tokens,
+        torch.get_num_threads(),
+        isa,
+    )
+
+
+def _linear_24_cpu(
+    x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | None, out_features: int, in_features: int
+) -> Tensor:
+    linear_bitmap.check_product(x, values, bias, in_features)
+    y = x.new_empty(*x.shape[:-1], out_features)
+    flat = x.reshape(x.shape[:-1].numel(), in_features).contiguous()
+    bias = None if bias is None else bias.contiguous()
+    multiply(flat, (values, positions), bias, y.view(len(flat), out_features), in_features)
+    return y
+
+
+def _backward_cpu(ctx, g: Tensor) -> tuple:
+    gx = g @ dense_cpu(ctx.saved_tensors, *ctx.sizes) if ctx.needs_input_grad[0] else None
+    gb = g.sum_to_size(g.shape[-1]) if ctx.needs_input_grad[3] else None
+    return gx, None, None, gb, None, None
+
+
+_LIBRARY.define(
+    "linear_24_cpu(Tensor x, Tensor values, Tensor positions, Tensor? bias, int out_features, int in_features) "
+    "-> Tensor"
+)
+_LIBRARY.impl("linear_24_cpu", _linear_24_cpu, "CPU")
+torch.library.register_fake("sparsekern::linear_24_cpu", _linear_24_fake, lib=_LIBRARY)
+torch.library.register_autograd("sparsekern::linear_24_cpu", _backward_cpu, setup_context=_keep, lib=_LIBRARY)
+
+
+def run_cpu(
+    x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, out_features: int, in_features: int
+) -> Tensor:
+    """y [..., out_features] by the compiled kernels, from what panels_24 has made."""
+    return torch.ops.sparsekern.linear_24_cpu(x, *operands, bias, out_features, in_features)
+
+
+def dense_cpu(operands: tuple[Tensor, ...], out_features: int, in_features: int) -> Tensor:
+    """The dense weight of what the CPU kernel reads."""
+    return panels_24.unchecked_inverse(operands, out_features, in_features).to_dense()
+
+
+def cpu_refuses(packed: SemiStructured) -> str | None:
+    """Why run_cpu should not serve a weight; None: it should."""
+    if packed.device.type != "cpu":
+        return f"the weight must be on the CPU, got {packed.device}"
+    if packed.dtype != torch.bfloat16:
+        return f"the weight must be bfloat16, got {packed.dtype}"
+    if reason := compiled.why_not("cpu"):
+        return reason
+    if compiled.cpu().linear_24_sets()[0] == "portable":
+        return "the processor must have AVX-512 with VBMI: without them the bitmap's kernels are faster"
+    return None
+
+
 KERNELS = (
-    Kernel("cpu", linear_bitmap.run_cpu, linear_bitmap.cpu_refuses, _to_panels, _from_panels, linear_bitmap.dense_cpu),
+    Kernel("cpu", run_cpu, cpu_refuses, panels_24.reference, panels_24.reference_inverse, dense_cpu),
+    Kernel(
+        "cpu_bitmap",
+        linear_bitmap.run_cpu,
+        linear_bitmap.cpu_refuses,
+        _to_panels,
+        _from_panels,
+        linear_bitmap.dense_cpu,
+    ),
     Kernel("cuda", run_cuda, cuda_refuses, fragments_24.reference, fragments_24.reference_inverse, dense_cuda),
     Kernel(
         "cuda_bitmap",

@@ -254,6 +254,7 @@ int main(int count, char** arguments) {
   if (count > 1) return buffer[37 + (arguments[1][0] == '0' ? 0 : 64)];
   drive_packed();
   drive_dense();
+  drive_24();
   drive_tiles();
   drive_threads();
   drive_not_finite();
