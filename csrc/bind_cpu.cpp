@@ -158,6 +158,7 @@ PYBIND11_MODULE(_cpu, module) {
   release_threads_before_fork();
   module.attr("ABI") = kAbi;
   bind_bitmap(module);
+  bind_bitmap_index(module);
   bind_bitmap_int8(module);
   bind_dense(module);
   bind_24(module);

@@ -15,6 +15,7 @@ namespace sparsekern {
 
 // What is on packed and on dense weights; the rest is bound in bind_cpu.cpp.
 void bind_bitmap(py::module_& module);
+void bind_bitmap_index(py::module_& module);
 void bind_bitmap_int8(py::module_& module);
 void bind_dense(py::module_& module);
 void bind_24(py::module_& module);

@@ -215,6 +215,56 @@ struct Int8RowsOut {
 // first panel whose ones its offsets do not count, or that has ones where the weight ends, or kNoRow.
 int64_t panels_to_bitmap_int8(const BitmapInt8Weight& weight, const Int8RowsOut& rows, int set, int threads);
 
+// linear_bitmap_index: linear_bitmap for a bfloat16 weight with few kept weights, W as values and where each stands in a
+// window of kWindowInputs inputs. A step takes up to four kept weights of each row of a panel from one window.
+//   panels   ceil(out_features / kPanelRows)
+//   windows  ceil(in_features / kWindowInputs)
+//   steps    [panels, windows], how many steps the window has
+//   masks    [all steps], which lanes of a step hold a weight: bit 16 (n / 4) + 8 h + 2 (n % 4) + j = weight 2 h + j of row n
+//   places   [kept] and kIndexTail, the input within its window, in the order of the bits
+//   values   [kept] and kIndexTail, bfloat16, step by step: those with h = 0 in the order of rows, then those with h = 1
+//   step_offsets, value_offsets  [panels + 1], where each panel's masks and values start
+constexpr int64_t kWindowInputs = 256;
+// the elements that a step may read behind its panel's end
+constexpr int64_t kIndexTail = 64;
+
+struct BitmapIndexWeight {
+  const uint16_t* steps;
+  const uint64_t* masks;
+  const uint8_t* places;
+  const uint16_t* values;
+  const int64_t* step_offsets;
+  const int64_t* value_offsets;
+  int64_t out_features;
+  int64_t in_features;
+};
+
+// Whether this machine has the instructions.
+bool has_linear_bitmap_index();
+
+// x, bias, y, threads and the result as of linear_bitmap, in bfloat16. A token with a NaN or infinite input has NaN in
+// every output.
+bool linear_bitmap_index(const BitmapIndexWeight& weight, const void* x, const void* bias, void* y, int64_t tokens,
+                         int threads);
+
+// From a checked bfloat16 weight as it is saved: writes steps, step_offsets and value_offsets, or, given those, the rest.
+struct BitmapIndexOut {
+  uint16_t* steps;
+  uint64_t* masks;
+  uint8_t* places;
+  uint16_t* values;
+  int64_t* step_offsets;
+  int64_t* value_offsets;
+};
+void bitmap_to_index_steps(const BitmapRows& packed, const BitmapIndexOut& out);
+void bitmap_to_index(const BitmapRows& packed, const BitmapIndexOut& out, int threads);
+
+// The inverse: values [kept], bitmap and row_offsets as in BitmapRows, all written. Needs offsets that neither fall nor
+// leave masks and values. Returns the first panel whose masks its offsets do not count, or whose places do not rise or
+// leave the weight, or kNoRow.
+int64_t index_to_bitmap(const BitmapIndexWeight& weight, void* values, uint8_t* bitmap, int64_t* row_offsets,
+                        int threads);
+
 // obs_sweep: prune, and where `scale` is given round, one block of columns from left to right with the OBS update; see
 // ops/obs_sweep.py.
 //   weight  [rows, block], a row every weight_stride elements

@@ -3,14 +3,23 @@
 from torch import Tensor
 
 from sparsekern.formats import Bitmap, BitmapInt8, Dense, SemiStructured
-from sparsekern.ops import bitmap_rows, compiled, linear_24, linear_bitmap, linear_bitmap_int8, linear_dense
+from sparsekern.ops import (
+    bitmap_rows,
+    compiled,
+    linear_24,
+    linear_bitmap,
+    linear_bitmap_index,
+    linear_bitmap_int8,
+    linear_dense,
+)
 
 Packed = SemiStructured | Bitmap | BitmapInt8 | Dense
 
 # the kernels that serve a linear layer packed in each format
 LINEAR_KERNELS = {
     SemiStructured: linear_24.KERNELS,
-    Bitmap: linear_bitmap.KERNELS,
+    # the reference stays last
+    Bitmap: (*linear_bitmap.KERNELS[:-1], *linear_bitmap_index.KERNELS, linear_bitmap.KERNELS[-1]),
     BitmapInt8: linear_bitmap_int8.KERNELS,
     Dense: linear_dense.KERNELS,
 }

@@ -263,6 +263,7 @@ int main(int count, char** arguments) {
   drive_gram();
   drive_addmm();
   drive_stream_read();
+  drive_linear_bitmap_index();
   drive_linear_bitmap_int8();
   std::printf("clean:");
   each_set(kLinearBitmapSets, [](int set) { std::printf(" %s", kLinearBitmapSets[set].name); });

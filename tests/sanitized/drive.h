@@ -64,6 +64,7 @@ void each_set(const InstructionSet* sets, Function&& function) {
 // Each in a file of its own.
 void drive_dense();
 void drive_24();
+void drive_linear_bitmap_index();
 void drive_linear_bitmap_int8();
 void drive_tiles();
 

@@ -1,0 +1,218 @@
+"""linear_bitmap_index: linear_bitmap for a weight with few kept weights, each with its place instead of a bit a weight.
+
+Where one weight of ten is kept, a bitmap's kernel works its way through ten bits for each. Here a step takes four kept
+weights of each of 16 outputs from a window of 256 inputs, which the processor holds in registers: their places are
+looked up there, 64 at once. A kept weight takes 3 bytes, a step 8 more: about 0.32 bytes a weight at 90 %, as a bitmap.
+
+    steps          [panels, windows] int16, how many steps of a window
+    masks          [all steps] int64, which of a step's 64 lanes hold a weight (csrc/ops.h)
+    places         [kept] uint8, the input within its window, and TAIL zeros that a kernel may touch
+    values         [kept] bfloat16, and as many zeros
+    step_offsets, value_offsets  [panels + 1] int64, where each panel's masks and values start
+
+The order is made on load, from a weight as it is saved. A token with a NaN or infinite input has NaN in every output;
+subnormal weights and inputs count as zero. The gradient of x is g W, with the dense weight W, which is built for it.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from sparsekern.formats.bitmap import Bitmap
+from sparsekern.ops import bitmap_rows, compiled
+from sparsekern.ops.kernel import Kernel
+
+PANEL_ROWS = 16
+WINDOW_INPUTS = 256
+TAIL = 64
+# measured on Zen 5: with more the bitmap's kernel has fewer bytes to read, and keeps up with them
+MOST_DENSITY = 0.2
+
+Operands = tuple[Tensor, ...]
+
+
+def reference(x: Tensor, packed: Bitmap, bias: Tensor | None) -> Tensor:
+    """Multiply by the dense weight.
+
+    x     [..., in_features] bfloat16
+    bias  [out_features] or None
+
+    Returns y [..., out_features].
+    """
+    return linear(x, packed.to_dense(), bias)
+
+
+def to_index(packed: Bitmap) -> Operands:
+    """What the compiled kernel reads. Raises ValueError as Bitmap.validate does."""
+    bitmap_rows.validate(packed)
+    out_features, in_features = packed.shape
+    panels, windows = -(-out_features // PANEL_ROWS), -(-in_features // WINDOW_INPUTS)
+    fields = [tensor.contiguous() for tensor in (packed.values, packed.bitmap, packed.row_offsets)]
+    rows = compiled.cpu().BitmapIndexRows(*_sizes(*fields), out_features, in_features)
+    steps = torch.empty(panels, windows, dtype=torch.int16)
+    step_offsets, value_offsets = (torch.empty(panels + 1, dtype=torch.int64) for _ in range(2))
+    count = compiled.cpu().bitmap_to_index_steps(rows, *_sizes(steps, step_offsets, value_offsets))
+    masks = torch.empty(count, dtype=torch.int64)
+    places = torch.empty(len(packed.values) + TAIL, dtype=torch.uint8)
+    values = packed.values.new_empty(len(packed.values) + TAIL)
+    operands = steps, masks, places, values, step_offsets, value_offsets
+    compiled.cpu().bitmap_to_index(rows, _addresses(operands, out_features, in_features), torch.get_num_threads())
+    return operands
+
+
+def from_index(operands: Operands, out_features: int, in_features: int) -> Bitmap:
+    """The inverse of `to_index`, bit for bit. Raises ValueError when the operands contradict each other."""
+    weight = _addresses(operands, out_features, in_features)
+    values = operands[3].new_empty(len(operands[3]) - TAIL)
+    bitmap = torch.empty(out_features, -(-in_features // 8), dtype=torch.uint8)
+    row_offsets = torch.empty(out_features + 1, dtype=torch.int64)
+    panel = compiled.cpu().index_to_bitmap(weight, *_sizes(values, bitmap, row_offsets), torch.get_num_threads())
+    if panel >= 0:
+        raise ValueError(f"panel {panel} must keep as many weights as its offsets say, at places that rise in each row")
+    return Bitmap(values, bitmap, row_offsets, in_features)
+
+
+def _sizes(*tensors: Tensor) -> list[int]:
+    return [part for tensor in tensors for part in (tensor.data_ptr(), tensor.numel())]
+
+
+def _addresses(operands: Operands, out_features: int, in_features: int):
+    """The addresses and sizes of the operands, for the compiled module, which checks the sizes and the offsets."""
+    return compiled.cpu().BitmapIndexWeight(*_sizes(*operands), out_features, in_features)
+
+
+def _check(x: Tensor, values: Tensor, bias: Tensor | None, in_features: int) -> None:
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x must end with in_features = {in_features}, got shape {list(x.shape)}")
+    if x.dtype != values.dtype:
+        raise ValueError(f"x must have the weight's dtype {values.dtype}, got {x.dtype}")
+    if bias is not None and bias.dtype != values.dtype:
+        raise ValueError(f"bias must have the weight's dtype {values.dtype}, got {bias.dtype}")
+    if x.device != values.device:
+        raise ValueError(f"x must be on the weight's device {values.device}, got {x.device}")
+
+
+def _linear_cpu(
+    x: Tensor,
+    steps: Tensor,
+    masks: Tensor,
+    places: Tensor,
+    values: Tensor,
+    step_offsets: Tensor,
+    value_offsets: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    _check(x, values, bias, in_features)
+    operands = steps, masks, places, values, step_offsets, value_offsets
+    weight = _addresses(operands, out_features, in_features)
+    # not a view: autograd lets nobody write to one that an op has returned
+    x, y = x.contiguous(), x.new_empty(*x.shape[:-1], out_features)
+    bias_sizes = (0, 0) if bias is None else _sizes(bias := bias.contiguous())
+    tokens = x.shape[:-1].numel()
+    compiled.cpu().linear_bitmap_index(weight, *_sizes(x), *bias_sizes, *_sizes(y), tokens, torch.get_num_threads())
+    return y
+
+
+def _linear_fake(
+    x: Tensor,
+    steps: Tensor,
+    masks: Tensor,
+    places: Tensor,
+    values: Tensor,
+    step_offsets: Tensor,
+    value_offsets: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+_LIBRARY = torch.library.Library("sparsekern", "FRAGMENT")
+_LIBRARY.define(
+    "linear_bitmap_index_cpu(Tensor x, Tensor steps, Tensor masks, Tensor places, Tensor values, Tensor step_offsets, "
+    "Tensor value_offsets, Tensor? bias, int out_features, int in_features) -> Tensor"
+)
+_LIBRARY.impl("linear_bitmap_index_cpu", _linear_cpu, "CPU")
+torch.library.register_fake("sparsekern::linear_bitmap_index_cpu", _linear_fake, lib=_LIBRARY)
+
+
+def _weight_cpu(
+    steps: Tensor,
+    masks: Tensor,
+    places: Tensor,
+    values: Tensor,
+    step_offsets: Tensor,
+    value_offsets: Tensor,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    operands = steps, masks, places, values, step_offsets, value_offsets
+    return bitmap_rows.to_dense(from_index(operands, out_features, in_features))
+
+
+def _weight_fake(
+    steps: Tensor,
+    masks: Tensor,
+    places: Tensor,
+    values: Tensor,
+    step_offsets: Tensor,
+    value_offsets: Tensor,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    return values.new_empty(out_features, in_features)
+
+
+_LIBRARY.define(
+    "linear_bitmap_index_cpu_weight(Tensor steps, Tensor masks, Tensor places, Tensor values, Tensor step_offsets, "
+    "Tensor value_offsets, int out_features, int in_features) -> Tensor"
+)
+_LIBRARY.impl("linear_bitmap_index_cpu_weight", _weight_cpu, "CPU")
+torch.library.register_fake("sparsekern::linear_bitmap_index_cpu_weight", _weight_fake, lib=_LIBRARY)
+
+
+def dense(operands: Operands, out_features: int, in_features: int) -> Tensor:
+    """The dense weight of what the kernel reads."""
+    return torch.ops.sparsekern.linear_bitmap_index_cpu_weight(*operands, out_features, in_features)
+
+
+def _keep(ctx, inputs: tuple, output: Tensor) -> None:
+    _, *operands, _, out_features, in_features = inputs
+    ctx.save_for_backward(*operands)
+    ctx.sizes = out_features, in_features
+
+
+def _backward(ctx, g: Tensor) -> tuple:
+    gx = g @ dense(ctx.saved_tensors, *ctx.sizes) if ctx.needs_input_grad[0] else None
+    gb = g.sum_to_size(g.shape[-1]) if ctx.needs_input_grad[7] else None
+    return gx, None, None, None, None, None, None, gb, None, None
+
+
+torch.library.register_autograd("sparsekern::linear_bitmap_index_cpu", _backward, setup_context=_keep, lib=_LIBRARY)
+
+
+def run(x: Tensor, operands: Operands, bias: Tensor | None, out_features: int, in_features: int) -> Tensor:
+    """y [..., out_features] by the compiled kernel, from what to_index has made."""
+    return torch.ops.sparsekern.linear_bitmap_index_cpu(x, *operands, bias, out_features, in_features)
+
+
+def refuses(packed: Bitmap) -> str | None:
+    """Why `run` cannot serve a weight, or never wins; None: it can."""
+    if packed.device.type != "cpu":
+        return f"the weight must be on the CPU, got {packed.device}"
+    if packed.dtype != torch.bfloat16:
+        return f"the weight must be bfloat16, got {packed.dtype}"
+    if reason := compiled.why_not("cpu"):
+        return reason
+    if not compiled.cpu().has_linear_bitmap_index():
+        return "the processor must have AVX-512 with VBMI, VBMI2 and BF16"
+    density = packed.values.numel() / max(packed.shape.numel(), 1)
+    if density > MOST_DENSITY:
+        return f"at most {MOST_DENSITY:.0%} of the weights may be kept, got {density:.0%}"
+    return None
+
+
+KERNELS = (Kernel("cpu_index", run, refuses, to_index, from_index, dense),)
