@@ -1,6 +1,7 @@
-"""Builds sparsekern._cpu (where a C++ compiler is) and sparsekern._cuda (where nvcc is) through a written build.ninja.
+"""Builds sparsekern._cpu (where a C++ compiler is) and sparsekern._cuda (where nvcc is) through a written build.ninja;
+and sparsekern._wgmma where CUTLASS is too: one more kernel for Hopper, which takes minutes and is needed nowhere.
 
-Both are plain pybind11 modules: no torch is needed to build them and none is linked. What was built, with what, or why
+All are plain pybind11 modules: no torch is needed to build them and none is linked. What was built, with what, or why
 not, is written to sparsekern/_build.json, which sparsekern/ops/compiled.py reads.
 
 SPARSEKERN_BUILD    auto     build what can be built, warn and go on without the rest (the default)
@@ -8,9 +9,11 @@ SPARSEKERN_BUILD    auto     build what can be built, warn and go on without the
                     none     build nothing: the reference ops serve
 CXX CXXFLAGS LDFLAGS         the C++ compiler (default: the first of g++, clang++, c++) and what is added to its flags
 CUDA_HOME                    the only place to look for nvcc (default: PATH, then /usr/local/cuda)
+CUTLASS_HOME                 a folder with CUTLASS's include/ (default: the installed package nvidia-cutlass)
 """
 
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -34,6 +37,7 @@ SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 # the cards we are measured on; each nvcc builds those it knows, the PTX serves every other card from Ampere on
 CUDA_ARCHS = ("80", "86", "89", "90a", "120")
 CUDA_PTX = "80"
+WGMMA_ARCH = "90a"
 NINJA = """\
 cflags = {cflags}
 ldflags = {ldflags}
@@ -181,7 +185,8 @@ def build_cpu(build: Path) -> tuple[Path, dict]:
         "cflags": shlex.join([*flags, *headers(build.parent)]),
         "ldflags": shlex.join([*["-fopenmp"][: int(openmp)], *shlex.split(os.environ.get("LDFLAGS", ""))]),
     }
-    bindings = [path for path in sorted(CSRC.glob("bind_*.cpp")) if not path.name.startswith("bind_cuda")]
+    elsewhere = ("bind_cuda", "bind_wgmma")
+    bindings = [path for path in sorted(CSRC.glob("bind_*.cpp")) if not path.name.startswith(elsewhere)]
     sources = [*sorted(CSRC.glob("cpu/*.cpp")), *bindings]
     module = ninja_build("cpu", build, rules, sources)
     version = run([*compiler, "--version"])[1].splitlines()[0]
@@ -203,6 +208,40 @@ def build_cuda(build: Path) -> tuple[Path, dict]:
     return module, {"compiler": "nvcc " + next((x for x in version if "release" in x), ""), "flags": flags}
 
 
+def cutlass() -> Path:
+    """CUTLASS's headers."""
+    home = os.environ.get("CUTLASS_HOME")
+    if home:
+        where, found = f"CUTLASS_HOME={home}", Path(home, "include")
+    else:
+        spec = importlib.util.find_spec("cutlass_library")
+        if spec is None or spec.origin is None:
+            raise CannotBuildError("CUTLASS is not installed: pip install nvidia-cutlass", missing=True)
+        where, found = "the package cutlass_library", Path(spec.origin).parent / "source/include"
+    if not (found / "cutlass/cutlass.h").exists():
+        raise CannotBuildError(f"{where} has no include/cutlass/cutlass.h", missing=True)
+    return found
+
+
+def build_wgmma(build: Path) -> tuple[Path, dict]:
+    """Compile csrc/wgmma for Hopper alone: a minute and 4 GB for each tile."""
+    found, compiler = cutlass(), nvcc()
+    if f"-gencode=arch=compute_{WGMMA_ARCH},code=sm_{WGMMA_ARCH}" not in cuda_targets(compiler):
+        raise CannotBuildError(f"{compiler} does not know sm_{WGMMA_ARCH}", missing=True)
+    flags = ["-O3", "-std=c++17", f"-gencode=arch=compute_{WGMMA_ARCH},code=sm_{WGMMA_ARCH}"]
+    # an assert of CUTLASS is a call in the main loop, which makes the compiler wait for each wgmma
+    flags += ["-DNDEBUG", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    rules = {
+        "compiler": shlex.join([compiler, "-ccbin", [word for word in cxx() if not word.startswith("-")][-1]]),
+        "cflags": shlex.join([*flags, "-isystem", str(found), *headers(build.parent)]),
+        "ldflags": "-cudart=static -Xlinker=--exclude-libs,ALL",
+    }
+    sources = [*sorted(CSRC.glob("wgmma/*.cu")), CSRC / "bind_wgmma.cpp"]
+    module = ninja_build("wgmma", build, rules, sources)
+    version = run([compiler, "--version"])[1].splitlines()
+    return module, {"compiler": "nvcc " + next((x for x in version if "release" in x), ""), "flags": flags}
+
+
 class BuildModules(build_ext):
     """Each module on its own: one that fails does not take the other with it."""
 
@@ -214,7 +253,7 @@ class BuildModules(build_ext):
         package = (ROOT if self.inplace else Path(self.build_lib)) / "sparsekern"
         package.mkdir(parents=True, exist_ok=True)
         record, missing = {}, []
-        for name, build_module in (("cpu", build_cpu), ("cuda", build_cuda)):
+        for name, build_module in (("cpu", build_cpu), ("cuda", build_cuda), ("wgmma", build_wgmma)):
             target = package / f"_{name}{SUFFIX}"
             if choice == "none":
                 target.unlink(missing_ok=True)
@@ -226,7 +265,7 @@ class BuildModules(build_ext):
                 # a module of an earlier build must not outlive a failed one
                 target.unlink(missing_ok=True)
                 sys.stderr.write(error.log)
-                if choice == "require" and not (name == "cuda" and error.missing):
+                if choice == "require" and not (name != "cpu" and error.missing):
                     raise CompileError(
                         f"SPARSEKERN_BUILD=require, but sparsekern._{name} is not built: {error}"
                     ) from error

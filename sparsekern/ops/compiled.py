@@ -34,6 +34,11 @@ def cuda() -> ModuleType | None:
     return _load("cuda")[0]
 
 
+def wgmma() -> ModuleType | None:
+    """sparsekern._wgmma, built where CUTLASS was found, or None; `why_not("wgmma")` says why."""
+    return _load("wgmma")[0]
+
+
 def instruction_set() -> str | None:
     """The one that linear_bitmap's CPU kernels use; None where sparsekern._cpu is missing."""
     return cpu().isa() if cpu() else None
@@ -63,7 +68,7 @@ def using(isa: str | None) -> Iterator[None]:
 
 
 def why_not(name: str) -> str | None:
-    """None when sparsekern._`name` is loaded, else the reason in words. name is "cpu" or "cuda"."""
+    """None when sparsekern._`name` is loaded, else the reason in words. name is "cpu", "cuda" or "wgmma"."""
     return _load(name)[1]
 
 

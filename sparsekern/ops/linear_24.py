@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from sparsekern.formats import Bitmap, SemiStructured
-from sparsekern.ops import bitmap_rows, compiled, cusparselt, fragments_24, linear_bitmap, panels_24
+from sparsekern.ops import bitmap_rows, compiled, cusparselt, fragments_24, linear_bitmap, panels_24, wgmma_24
 from sparsekern.ops.bitmap_panels import from_panels, to_panels
 from sparsekern.ops.kernel import Kernel, never_refuses
 
@@ -286,6 +286,7 @@ KERNELS = (
         linear_bitmap.dense_cpu,
     ),
     Kernel("cuda", run_cuda, cuda_refuses, fragments_24.reference, fragments_24.reference_inverse, dense_cuda),
+    Kernel("wgmma", wgmma_24.run, wgmma_24.refuses, wgmma_24.prepare, wgmma_24.restore, wgmma_24.dense),
     Kernel(
         "cuda_bitmap",
         linear_bitmap.run_cuda,
