@@ -5,6 +5,7 @@
 #include <new>
 
 #include "bind_cpu.h"
+#include "cpu/huge_pages.h"
 
 #if defined(_OPENMP) && defined(__linux__)
 #include <omp.h>
@@ -169,6 +170,11 @@ PYBIND11_MODULE(_cpu, module) {
              py::arg("block"), py::arg("threads"), py::arg("isa") = "");
   module.def("keep_largest", keep_largest_checked, py::arg("saliency"), py::arg("kept"), py::arg("kept_stride"),
              py::arg("mask"), py::arg("sets"), py::arg("size"), py::arg("threads"));
+  // only a hint; huge pages that lie wholly within are asked for
+  module.def(
+      "prefer_huge_pages",
+      [](Address address, int64_t bytes) { prefer_huge_pages(reinterpret_cast<void*>(address), bytes); },
+      py::arg("address"), py::arg("bytes"));
   module.def("stream_read", stream_read_checked, py::arg("buffer"), py::arg("bytes"), py::arg("threads"));
   module.def("gram_sets", gram_sets, "The instruction sets that gram can use here, best first.");
   module.def("gram", gram_checked, py::arg("dtype"), py::arg("x"), py::arg("x_size"), py::arg("total"),

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsekern.ops import cusparselt
+from sparsekern.ops import compiled, cusparselt
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _prepare_searched(weight: Tensor, bias: Tensor | None, tokens: int) -> tuple
     return compressed, *_search(compressed, x, bias)
 
 
-LINEAR = Dense("F.linear", lambda weight, *_: weight.clone(), F.linear, lambda weight: None)
+LINEAR = Dense("F.linear", lambda weight, *_: compiled.copy(weight), F.linear, lambda weight: None)
 PREPACKED = Dense(
     "prepacked",
     # the layout that oneDNN chooses was seen not to depend on the number of tokens

@@ -30,7 +30,7 @@ from sparsekern.decisions import DENSE, OWN_DENSE, PREPACKED, Decision, Kind, Ti
 from sparsekern.formats import Bitmap, BitmapInt8, Dense
 from sparsekern.formats.dense import DTYPES
 from sparsekern.measure import weight_bytes
-from sparsekern.ops import LINEAR_KERNELS, Packed, to_dense
+from sparsekern.ops import LINEAR_KERNELS, Packed, compiled, to_dense
 from sparsekern.ops.kernel import Kernel, pick
 from sparsekern.plan_cache import user_cache
 from sparsekern.timing import Json, alternate, arena_bytes
@@ -183,7 +183,7 @@ def rotate(operands: tuple[Tensor, ...], arena: int) -> list[tuple[Tensor, ...]]
     """`operands` and so many copies of them that they fill `arena` bytes."""
     size = sum(operand.nbytes for operand in operands)
     copies = max(-(-arena // max(size, 1)), 1)
-    return [operands, *(tuple(operand.clone() for operand in operands) for _ in range(min(copies, MOST_COPIES) - 1))]
+    return [operands, *(tuple(map(compiled.copy, operands)) for _ in range(min(copies, MOST_COPIES) - 1))]
 
 
 def random_input(tokens: int, weight: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from sparsekern.baselines import LINEAR, PREPACKED, Dense
 from sparsekern.formats import Bitmap
 from sparsekern.formats import Dense as DenseWeight
 from sparsekern.measure import machine
-from sparsekern.ops import linear_bitmap, linear_dense, stream_read
+from sparsekern.ops import compiled, linear_bitmap, linear_dense, stream_read
 from sparsekern.ops.kernel import Kernel, pick
 from sparsekern.plan import check_linear, random_input, rotate
 from sparsekern.shapes import LayerShape, ModelShape
@@ -244,7 +244,8 @@ def measure_speed(
     if not tokens or min(tokens) < 1:
         raise ValueError(f"tokens must be one or more positive numbers, got {list(tokens)}")
     start, arena = time.perf_counter(), max(ARENA_BYTES, arena_bytes(device)) if arena is None else arena
-    buffer = torch.ones(max(arena // READ_BYTES, 1) * READ_BYTES // 8, dtype=torch.float64, device=device)
+    buffer = torch.empty(max(arena // READ_BYTES, 1) * READ_BYTES // 8, dtype=torch.float64, device=device)
+    compiled.in_huge_pages(buffer).fill_(1.0)
     read_by, read = _reader(buffer)
     groups = _distinct(model.layers)
     rows: list[Row] = []

@@ -16,7 +16,7 @@ TINY = [
     ["checkpoint.py", "--tiny"],
     ["finetune.py", "--tiny"],
     ["gpu.py", "--tiny"],
-    ["linear_bitmap.py", "--tiny"],
+    ["linear.py", "--tiny"],
     ["model.py", "--tiny"],
     ["prune_model.py", "--tiny"],
     ["solver.py", "--tiny", "--methods", "sparsegpt", "admm"],

@@ -5,7 +5,7 @@
     pytest bench -k tiny --benchmark-disable                        a check that everything here still runs
 
 These are times of one implementation, in one buffer, in whatever cache holds it. They compare commits, and say nothing
-of sparse against dense: that is for linear_bitmap.py, model.py and gpu.py to say.
+of sparse against dense: that is for linear.py, model.py and gpu.py to say.
 """
 
 import pytest

@@ -35,7 +35,7 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
 import ours  # noqa: E402
 
 from sparsekern.measure import machine  # noqa: E402
-from sparsekern.ops import stream_read  # noqa: E402
+from sparsekern.ops import compiled, stream_read  # noqa: E402
 from sparsekern.ops.kernel import pick  # noqa: E402
 from sparsekern.speed import ARENA_BYTES  # noqa: E402
 from sparsekern.timing import Processor, Ratio, Sample, alternate, arena_bytes  # noqa: E402
@@ -162,7 +162,7 @@ def measure(shape, tokens, sparsity, found, threads, rounds, seconds, arena) -> 
             failed[name] = f"its result is wrong by {error:.1%}"
             continue
         variants[name], errors[name] = run, error
-    buffer = torch.ones(32 << 20, dtype=torch.uint8).view(torch.float64).clone()
+    buffer = compiled.copy(torch.ones(32 << 20, dtype=torch.uint8).view(torch.float64))
     parts = torch.ones(max(arena // buffer.nbytes, 2) * len(buffer), dtype=torch.float64).split(len(buffer))
     reader = pick(stream_read.KERNELS, buffer)
     variants[READ] = lambda number: reader.run(parts[number % len(parts)], threads)

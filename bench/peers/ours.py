@@ -3,7 +3,7 @@
 import torch
 
 from sparsekern.formats import Bitmap, BitmapInt8, Dense
-from sparsekern.ops import LINEAR_KERNELS, pack
+from sparsekern.ops import LINEAR_KERNELS, compiled, pack
 from sparsekern.ops.kernel import pick
 
 NAMES = ("own dense", "bitmap bf16", "bitmap int8")
@@ -19,7 +19,7 @@ def build(name, weight, x, threads, copies):
     if kernel.name == "reference":
         raise ValueError("only the reference serves here")
     operands = kernel.prepare(packed)
-    held = [operands, *(tuple(each.clone() for each in operands) for _ in range(copies - 1))]
+    held = [operands, *(tuple(map(compiled.copy, operands)) for _ in range(copies - 1))]
     shape = tuple(weight.shape)
     return lambda number: kernel.run(x, held[number % copies], None, *shape), lambda y: y.float().numpy()
 

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 # first: its OpenMP runtime is then the one the modules share
-import torch  # noqa: F401
+import torch
 
 # what the Python side expects of the binding: kAbi of csrc/ops.h, raised with every change of a function's arguments
 ABI = 5
@@ -65,6 +65,22 @@ def using(isa: str | None) -> Iterator[None]:
         yield
     finally:
         module.use(before)
+
+
+def in_huge_pages(fresh: torch.Tensor) -> torch.Tensor:
+    """`fresh`, contiguous and not yet written, which will lie in pages of 2 MB where the system grants them.
+
+    A weight that is read once a token misses the address cache on every 4 KB: on Zen 5 at 50 % sparsity and one token a
+    fifth of the bandwidth. On another device, and without sparsekern._cpu, nothing is asked.
+    """
+    if fresh.device.type == "cpu" and (module := cpu()) is not None:
+        module.prefer_huge_pages(fresh.data_ptr(), fresh.nbytes)
+    return fresh
+
+
+def copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy, in huge pages."""
+    return in_huge_pages(torch.empty_like(tensor, memory_format=torch.contiguous_format)).copy_(tensor)
 
 
 def why_not(name: str) -> str | None:

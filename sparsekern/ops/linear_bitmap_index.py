@@ -52,9 +52,9 @@ def to_index(packed: Bitmap) -> Operands:
     steps = torch.empty(panels, windows, dtype=torch.int16)
     step_offsets, value_offsets = (torch.empty(panels + 1, dtype=torch.int64) for _ in range(2))
     count = compiled.cpu().bitmap_to_index_steps(rows, *_sizes(steps, step_offsets, value_offsets))
-    masks = torch.empty(count, dtype=torch.int64)
-    places = torch.empty(len(packed.values) + TAIL, dtype=torch.uint8)
-    values = packed.values.new_empty(len(packed.values) + TAIL)
+    masks = compiled.in_huge_pages(torch.empty(count, dtype=torch.int64))
+    places = compiled.in_huge_pages(torch.empty(len(packed.values) + TAIL, dtype=torch.uint8))
+    values = compiled.in_huge_pages(packed.values.new_empty(len(packed.values) + TAIL))
     operands = steps, masks, places, values, step_offsets, value_offsets
     compiled.cpu().bitmap_to_index(rows, _addresses(operands, out_features, in_features), torch.get_num_threads())
     return operands

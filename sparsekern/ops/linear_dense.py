@@ -45,7 +45,7 @@ def to_panels(packed: Dense) -> tuple[Tensor]:
         return (weight.new_empty(panels, pairs, PANEL_ROWS, 2),)
     # a pair as one number: twice as fast as moving single weights
     by_rows = weight.view(_PAIRS[weight.dtype]).view(panels, PANEL_ROWS, pairs)
-    by_pairs = by_rows.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    by_pairs = compiled.copy(by_rows.transpose(1, 2))
     return (by_pairs.view(weight.dtype).view(panels, pairs, PANEL_ROWS, 2),)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparsekern.formats import SemiStructured
+from sparsekern.ops import compiled
 from sparsekern.ops.bitmap_panels import BLOCK_INPUTS, PANEL_ROWS
 
 GROUP = 4
@@ -38,7 +39,7 @@ def reference(packed: SemiStructured) -> Panels:
     metadata = pad(metadata, (0, groups // 2 - metadata.shape[1], 0, rows), value=_FIRST_TWO)
     nibbles = torch.stack([metadata & 15, metadata >> 4], dim=2).view(panels, PANEL_ROWS // 2, 2, groups)
     positions = (nibbles[:, :, 0] | nibbles[:, :, 1] << 4).transpose(1, 2)  # [panels, groups, 8], two rows a byte
-    return _contiguous(values.transpose(1, 2)), _contiguous(positions).view(torch.int64).view(panels, groups)
+    return compiled.copy(values.transpose(1, 2)), compiled.copy(positions).view(torch.int64).view(panels, groups)
 
 
 def reference_inverse(operands: Panels, out_features: int, in_features: int) -> SemiStructured:
@@ -64,20 +65,15 @@ def unchecked_inverse(operands: Panels, out_features: int, in_features: int) -> 
             empty, empty.new_empty(out_features, -(-in_features // 16), dtype=torch.int16), in_features
         )
     rows = values.transpose(1, 2).reshape(panels * PANEL_ROWS, groups * 2)[:out_features, : in_features // 2]
-    pairs = _contiguous(positions).view(torch.uint8).view(panels, groups, PANEL_ROWS // 2).transpose(1, 2)
+    pairs = compiled.copy(positions).view(torch.uint8).view(panels, groups, PANEL_ROWS // 2).transpose(1, 2)
     nibbles = torch.stack([pairs & 15, pairs >> 4], dim=2).view(panels * PANEL_ROWS, groups)[:out_features]
     words = -(-in_features // 16)
     metadata = (nibbles[:, 0::2] | nibbles[:, 1::2] << 4)[:, : 2 * words]
     return SemiStructured(
-        _contiguous(rows), _contiguous(metadata).view(torch.int16).view(out_features, words), in_features
+        compiled.copy(rows), compiled.copy(metadata).view(torch.int16).view(out_features, words), in_features
     )
 
 
 def _size(out_features: int, in_features: int) -> tuple[int, int]:
     """Panels, and groups with those that fill up the last block."""
     return -(-out_features // PANEL_ROWS), -(-in_features // BLOCK_INPUTS) * BLOCK_INPUTS // GROUP
-
-
-def _contiguous(tensor: Tensor) -> Tensor:
-    """A copy whose strides are those of its shape, which .contiguous() leaves as they are where a size is 0."""
-    return tensor.clone(memory_format=torch.contiguous_format)

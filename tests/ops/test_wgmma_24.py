@@ -166,3 +166,5 @@ def test_on_a_card_the_kernel_matches_float64(tokens, shape):
         y = kernel.run(x, kernel.prepare(saved), b, *shape)
         expected = x.double() @ saved.to_dense().double().T + (0 if b is None else b.double())
         assert (y.double() - expected).norm() <= 4e-3 * expected.norm()
+    op = torch.ops.sparsekern.linear_24_wgmma.default
+    torch.library.opcheck(op, (x, *kernel.prepare(saved), bias, *shape))
