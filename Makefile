@@ -43,6 +43,7 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 
 bench: $(VENV)/installed
+	$(VENV)/bin/sparsekern bench --config llama-3.2-1b --sparsity 0.5 --layers
 	$(VENV)/bin/sparsekern bench --config llama-3.2-1b --sparsity 0.5
 	$(PY) bench/model.py --model llama-3.2-1b --pattern 50%
 

@@ -25,7 +25,7 @@ from sparsekern.ops.kernel import Kernel
 PANEL_ROWS = 16
 WINDOW_INPUTS = 256
 TAIL = 64
-# measured on Zen 5: with more the bitmap's kernel has fewer bytes to read, and keeps up with them
+# measured on Zen 5, 4096 x 4096: with 19 % kept it is as fast as the bitmap's kernel, with 15 % a fifth faster
 MOST_DENSITY = 0.2
 
 Operands = tuple[Tensor, ...]
