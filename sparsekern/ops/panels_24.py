@@ -65,15 +65,20 @@ def unchecked_inverse(operands: Panels, out_features: int, in_features: int) -> 
             empty, empty.new_empty(out_features, -(-in_features // 16), dtype=torch.int16), in_features
         )
     rows = values.transpose(1, 2).reshape(panels * PANEL_ROWS, groups * 2)[:out_features, : in_features // 2]
-    pairs = compiled.copy(positions).view(torch.uint8).view(panels, groups, PANEL_ROWS // 2).transpose(1, 2)
+    pairs = _contiguous(positions).view(torch.uint8).view(panels, groups, PANEL_ROWS // 2).transpose(1, 2)
     nibbles = torch.stack([pairs & 15, pairs >> 4], dim=2).view(panels * PANEL_ROWS, groups)[:out_features]
     words = -(-in_features // 16)
     metadata = (nibbles[:, 0::2] | nibbles[:, 1::2] << 4)[:, : 2 * words]
     return SemiStructured(
-        compiled.copy(rows), compiled.copy(metadata).view(torch.int16).view(out_features, words), in_features
+        _contiguous(rows), _contiguous(metadata).view(torch.int16).view(out_features, words), in_features
     )
 
 
 def _size(out_features: int, in_features: int) -> tuple[int, int]:
     """Panels, and groups with those that fill up the last block."""
     return -(-out_features // PANEL_ROWS), -(-in_features // BLOCK_INPUTS) * BLOCK_INPUTS // GROUP
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    """A copy whose strides are those of its shape, which .contiguous() leaves as they are where a size is 0."""
+    return tensor.clone(memory_format=torch.contiguous_format)
