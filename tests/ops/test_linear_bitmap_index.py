@@ -106,20 +106,6 @@ def test_a_token_that_is_not_finite_is_nan_in_every_output_and_alone():
 
 
 @needs_cpu
-def test_the_number_of_threads_changes_no_bit():
-    operands = linear_bitmap_index.to_index(Bitmap.pack(weight(700, 3000)))
-    x, before, results = torch.randn(5, 3000).bfloat16(), torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 40):
-            torch.set_num_threads(threads)
-            results += [linear_bitmap_index.run(x[:t], operands, None, 700, 3000)[0] for t in (1, 1, 5, 5)]
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(result, results[0]) for result in results[::4])
-    assert all(torch.equal(result, results[2]) for result in results[2::4])
-
-
-@needs_cpu
 @pytest.mark.parametrize("what", range(3), ids=["steps", "masks", "places"])
 def test_operands_that_lie_are_refused_on_the_way_back_and_make_no_kernel_leave_them(what):
     """That nothing else is read is seen under the address sanitizer, in tests/sanitized/."""

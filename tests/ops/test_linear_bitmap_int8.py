@@ -343,20 +343,3 @@ def test_the_gradient_of_x_is_that_of_the_dense_weight():
     x, g = torch.randn(5, 70, requires_grad=True), torch.randn(5, 37)
     KERNELS["cpu"].run(x, KERNELS["cpu"].prepare(packed), None, 37, 70).backward(g)
     torch.testing.assert_close(x.grad, g @ packed.to_dense())
-
-
-@needs_cpu
-@every_set
-@dtypes
-def test_the_number_of_threads_changes_no_bit(isa, dtype):
-    operands = linear_bitmap_int8.to_panels(weight(700, 800, dtype=dtype))
-    x, bias = torch.randn(11, 800).to(dtype), torch.randn(700).to(dtype)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 40):
-            torch.set_num_threads(threads)
-            results.append(torch.full((11, 700), float("nan"), dtype=dtype))
-            linear_bitmap_int8.sparse(x, operands, bias, results[-1], 800, isa)
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(result, results[0]) for result in results)

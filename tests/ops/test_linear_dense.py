@@ -1,7 +1,5 @@
 """linear_dense: every kernel and instruction set against float64, at sizes that divide nothing."""
 
-import threading
-
 import pytest
 import torch
 from torch.nn.functional import linear
@@ -183,38 +181,3 @@ def test_x_and_the_bias_have_the_gradients_of_torch(leading):
     got = torch.autograd.grad(KERNELS["cpu"].run(x, operands, bias, 37, 70), (x, bias), g)
     want = torch.autograd.grad(linear(x, weight, bias), (x, bias), g)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-
-
-@needs_cpu
-@every_set
-@dtypes
-@pytest.mark.parametrize("tokens", [1, 3, 40])
-def test_the_number_of_threads_changes_no_bit(tokens, isa, dtype):
-    _, (panels,), x, bias = problem(700, 800, tokens, dtype)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 40):
-            torch.set_num_threads(threads)
-            results.append(torch.full((tokens, 700), float("nan"), dtype=dtype))
-            linear_dense.multiply(x, panels, bias, results[-1], 800, isa)
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(result, results[0]) for result in results)
-
-
-@needs_cpu
-def test_two_python_threads_do_not_disturb_each_other():
-    problems = [problem(600, 700, tokens, torch.bfloat16) for tokens in (1, 20)]
-    wanted = [KERNELS["cpu"].run(x, operands, bias, 600, 700) for _, operands, x, bias in problems]
-    wrong = []
-
-    def work(problem, want):
-        _, operands, x, bias = problem
-        wrong.extend(1 for _ in range(100) if not KERNELS["cpu"].run(x, operands, bias, 600, 700).equal(want))
-
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(problems, wanted, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
