@@ -11,7 +11,6 @@ void linear_dense_checked(const std::string& dtype, Address panels, int64_t pane
                           int64_t in_features, Address x, int64_t x_size, Address bias, int64_t bias_size, Address y,
                           int64_t y_size, int64_t tokens, int threads, const std::string& isa) {
   const DenseWeight weight = {dtype_of(dtype), reinterpret_cast<const void*>(panels), out_features, in_features};
-  check(weight.dtype != DType::kFloat16, "dtype must be bfloat16 or float32, got float16");
   check_threads(threads);
   check_features(out_features, in_features);
   const int64_t rows = (out_features + kPanelRows - 1) / kPanelRows * kPanelRows;

@@ -240,11 +240,14 @@ def test_rows_are_checked_past_the_first_slice(monkeypatch):
         check_linear(y, x, weight, None, "torch")
 
 
-def test_a_real_measurement_decides_something():
-    weight = a_weight(rows=64, columns=96).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_real_measurement_decides_something(dtype):
+    weight = a_weight(rows=64, columns=96).to(dtype)
     decision = Plan(seconds=0.0, arena=1 << 16).decide((Bitmap.pack(weight),), weight, tokens=(1, 3))
     assert decision.format in (None, "bitmap", "dense")
     assert set(decision.times) == {1, 3} or decision.reason.startswith("only the reference")
+    # every dtype has our own dense kernel beside the sparse one
+    assert all({"bitmap cpu", "dense cpu", "F.linear"} <= {*times.latencies} for times in decision.times.values())
     assert decision.reason
 
 

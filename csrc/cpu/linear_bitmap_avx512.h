@@ -24,10 +24,6 @@ inline Tile<2> expand_mask(Float32ByFma, uint32_t mask, const float* values) {
   return expand_dwords(mask, _mm512_loadu_si512(values), _mm512_loadu_si512(values + __builtin_popcount(mask & 0xffff)));
 }
 
-inline __m512i widen_halves(const uint16_t* values) {
-  return _mm512_castps_si512(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values))));
-}
-
 inline Tile<2> expand_mask(Float16ByFma, uint32_t mask, const uint16_t* values) {
   return expand_dwords(mask, widen_halves(values), widen_halves(values + __builtin_popcount(mask & 0xffff)));
 }

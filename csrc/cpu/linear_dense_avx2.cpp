@@ -88,7 +88,9 @@ void linear(const DenseWeight& weight, const void* packed_x, const Groups& group
 
 void linear_any(const DenseWeight& weight, const void* x, const Groups& groups, const void* bias, void* y,
                 int64_t first_panel, int64_t end_panel) {
-  const auto run = weight.dtype == DType::kBFloat16 ? linear<Bf16> : linear<Float32>;
+  const auto run = weight.dtype == DType::kBFloat16  ? linear<Bf16>
+                   : weight.dtype == DType::kFloat16 ? linear<Fp16>
+                                                     : linear<Float32>;
   run(weight, x, groups, bias, y, first_panel, end_panel);
 }
 

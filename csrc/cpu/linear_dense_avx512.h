@@ -7,9 +7,21 @@
 namespace sparsekern {
 namespace {
 
+template <class Kind>
+Tile<Kind::kRegisters> load_tile(Kind, const __m512i* tile) {
+  return Tile<Kind::kRegisters>::load(tile);
+}
+
+inline Tile<2> load_tile(Float16ByFma, const __m512i* tile) {
+  const auto* halves = reinterpret_cast<const uint16_t*>(tile);
+  return {{widen_halves(halves), widen_halves(halves + kPanelRows)}};
+}
+
 template <class TileKind>
 struct DenseTiles {
   using Kind = TileKind;
+  // of a tile as it is stored: float16 becomes twice as many
+  static constexpr int kStored = kPanelRows * 2 * sizeof(typename Kind::Value) / 64;
   struct Cursor {
     const __m512i* tile;
     Ahead later;
@@ -23,22 +35,20 @@ struct DenseTiles {
     }
     void steps() {
 #pragma GCC unroll 8
-      for (int i = 0; i < kSteps * Kind::kRegisters; ++i) later.ask(i * 64);
-      later.address += kSteps * Kind::kRegisters * 64;
-      tile += kSteps * Kind::kRegisters;
+      for (int i = 0; i < kSteps * kStored; ++i) later.ask(i * 64);
+      later.address += kSteps * kStored * 64;
+      tile += kSteps * kStored;
     }
-    Tile<Kind::kRegisters> next(int step) {
-      return Tile<Kind::kRegisters>::load(tile + (step - kSteps) * Kind::kRegisters);
-    }
+    Tile<Kind::kRegisters> next(int step) { return load_tile(Kind{}, tile + (step - kSteps) * kStored); }
   };
 
   const DenseWeight& weight;
 
   Cursor cursor(int64_t panel, int64_t passes, int64_t pass) const {
-    const int64_t tiles = pair_count(weight.in_features) * Kind::kRegisters;
+    const int64_t tiles = pair_count(weight.in_features) * kStored;
     const auto* tile = static_cast<const __m512i*>(weight.panels) + panel * tiles;
     // the same panel of the next two
-    const int64_t lines = passes == 1 ? 0 : (kBlockMasks * Kind::kRegisters + passes - 1) / passes;
+    const int64_t lines = passes == 1 ? 0 : (kBlockMasks * kStored + passes - 1) / passes;
     const Ahead later(tile, tiles * 64, (Kind::kPanels - 1) * tiles * 64, kAheadBytes);
     return {tile, later, reinterpret_cast<const char*>(tile + Kind::kPanels * tiles + tiles * pass / passes), lines};
   }
@@ -54,7 +64,9 @@ void linear(const DenseWeight& weight, const void* x, const Groups& groups, cons
 template <class Bf16Kind>
 void linear_any(const DenseWeight& weight, const void* x, const Groups& groups, const void* bias, void* y,
                 int64_t first_panel, int64_t end_panel) {
-  const auto run = weight.dtype == DType::kBFloat16 ? linear<Bf16Kind> : linear<Float32ByFma>;
+  const auto run = weight.dtype == DType::kBFloat16  ? linear<Bf16Kind>
+                   : weight.dtype == DType::kFloat16 ? linear<Float16ByFma>
+                                                     : linear<Float32ByFma>;
   run(weight, x, groups, bias, y, first_panel, end_panel);
 }
 

@@ -133,5 +133,9 @@ struct Float16ByFma : Float32ByFma {
   }
 };
 
+inline __m512i widen_halves(const uint16_t* values) {
+  return _mm512_castps_si512(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values))));
+}
+
 }  // namespace
 }  // namespace sparsekern

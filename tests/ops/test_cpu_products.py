@@ -93,7 +93,7 @@ PRODUCTS = {
     "linear_dense": Product(
         linear_dense.KERNELS[0],
         Dense.pack,
-        (torch.bfloat16, torch.float32),
+        WIDE,
         _sets("linear_dense_sets"),
         lambda x, operands, *rest: linear_dense.multiply(x, *operands, *rest),
     ),

@@ -16,7 +16,7 @@ KERNELS = {kernel.name: kernel for kernel in linear_dense.KERNELS}
 BOUND = {torch.bfloat16: 1e-2, torch.float16: 1e-3, torch.float32: 1e-5}
 SHAPES = [(1, 1), (1, 100), (7, 37), (37, 7), (100, 257), (257, 100), (48, 1096)]
 
-dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+dtypes = pytest.mark.parametrize("dtype", BOUND, ids=str)
 every_set = pytest.mark.parametrize("isa", SETS)
 
 
@@ -50,7 +50,7 @@ def test_the_panels_are_16_rows_of_input_pairs():
 
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 @pytest.mark.parametrize("shape", [*SHAPES, (16, 32), (0, 5), (5, 0)], ids=str)
-@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@dtypes
 def test_restore_gives_back_the_same_bits(kernel, shape, dtype):
     weight = torch.randn(shape).to(dtype)
     if weight.numel():
@@ -155,7 +155,7 @@ def test_what_does_not_fit_is_refused_in_words():
 
 def test_a_weight_that_no_compiled_kernel_serves_is_refused_in_words(monkeypatch):
     refuses = KERNELS["cpu"].refuses
-    assert "must be bfloat16 or float32, got torch.float16" in refuses(Dense(torch.ones(2, 2).half()))
+    assert "must be bfloat16, float16 or float32, got torch.float64" in refuses(Dense(torch.ones(2, 2).double()))
     assert "must be on the CPU, got meta" in refuses(Dense(torch.ones(2, 2, device="meta")))
     monkeypatch.setattr(compiled, "why_not", lambda name: "not built: no compiler")
     assert pick(linear_dense.KERNELS, Dense(torch.ones(2, 2))).name == "reference"

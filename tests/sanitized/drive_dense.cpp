@@ -7,7 +7,7 @@ void drive_dense() {
   for (const auto& shape : shapes) {
     const int64_t rows = (shape[0] + kPanelRows - 1) / kPanelRows * kPanelRows;
     const int64_t inputs = (shape[1] + kBlockInputs - 1) / kBlockInputs * kBlockInputs;
-    for (DType dtype : {DType::kBFloat16, DType::kFloat32}) {
+    for (DType dtype : {DType::kBFloat16, DType::kFloat16, DType::kFloat32}) {
       const int64_t size = value_bytes(dtype);
       Buffer<char> panels(rows * inputs * size), bias(shape[0] * size);
       fill(panels.data(), dtype, rows * inputs, 1.0);
