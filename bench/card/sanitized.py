@@ -20,7 +20,7 @@ from torch import Tensor
 from card.clock import TOLERANCE, poisoned
 from sparsekern import ops
 from sparsekern.formats import Bitmap, SemiStructured
-from sparsekern.ops import LINEAR_KERNELS, keep_largest, obs_sweep
+from sparsekern.ops import LINEAR_KERNELS, keep_largest, obs_blocks, obs_sweep
 from sparsekern.ops.kernel import pick
 from sparsekern.pattern import NM
 
@@ -67,6 +67,10 @@ def solver(device: str) -> Iterator[str]:
     pruned, _ = pick(obs_sweep.KERNELS, weight, u).run(weight, u, mask, (2, 4))
     assert ((pruned != 0).view(37, 10, 4).sum(2) == 2).all()
     yield "obs_sweep"
+    w = weight.clone()
+    obs_blocks.run(w, u, 16, obs_blocks.Choice(kept=[300, 300, 100]))
+    assert int((w != 0).sum()) == 700
+    yield "obs_blocks"
     saliency = weight.square().view(1, -1)
     kept = pick(keep_largest.KERNELS, saliency).run(saliency, torch.tensor([700], device=device))
     assert int(kept.sum()) == 700

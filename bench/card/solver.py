@@ -16,7 +16,7 @@ from card.clock import time_variants
 from card.worker import Case, Json, Setting
 from sparsekern import shapes
 from sparsekern.methods import ADMM, SparseGPT
-from sparsekern.ops import inverse_cholesky, keep_largest, obs_sweep
+from sparsekern.ops import inverse_cholesky, keep_largest, obs_blocks, obs_sweep, triton
 from sparsekern.ops.kernel import pick
 from sparsekern.pattern import NM, Unstructured
 from sparsekern.stats import Gram
@@ -31,6 +31,8 @@ def cases(setting: Setting) -> Iterator[Case]:
     size = 160 if setting.tiny else 4096
     for pattern in PATTERNS:
         yield Case(f"block {pattern}", lambda pattern=pattern: block(size, pattern, setting))
+    for pattern in PATTERNS:
+        yield Case(f"blocks {pattern}", lambda pattern=pattern: blocks(size, pattern, setting))
     yield Case("inverse_cholesky", lambda: factor(size, setting))
     for pattern in PATTERNS[1:] if setting.tiny else PATTERNS:
         yield Case(f"layer {pattern}", lambda pattern=pattern: layer(size, pattern, setting))
@@ -76,6 +78,30 @@ def block(size: int, pattern: Unstructured | NM, setting: Setting) -> Iterator[J
         variants = {"keep_largest": lambda _: threshold.run(saliency, kept)}
         timed = time_variants(variants, None, setting, capture=False)
         yield {**facts, "kernel": threshold.name, **timed.to_json()}
+
+
+def blocks(size: int, pattern: Unstructured | NM, setting: Setting) -> Iterator[Json]:
+    """All blocks of a layer, from U on; on a card captured, with the launches and the time that were counted for it."""
+    weight, stats = problem(size, size, setting)
+    u, _ = stats.inverse_cholesky(DAMPING)
+    starts = range(0, size, BLOCK)
+    kept = None if isinstance(pattern, NM) else [size * min(BLOCK, size - start) // 2 for start in starts]
+    choice = obs_blocks.Choice(nm=(2, 4)) if kept is None else obs_blocks.Choice(kept=kept)
+    kernel, w = pick(obs_blocks.KERNELS, weight, u, BLOCK, choice), weight.clone()
+    run, facts = kernel.run, {}
+    if triton.why_not() is None:
+        from sparsekern.ops.triton.obs_blocks import enqueue, launches, model_us
+
+        chain, products = launches(size, BLOCK, kept is not None)
+        facts = {"launches": chain + products, "model_us": model_us(size, size, BLOCK, kept is not None)}
+        # what `run` does, but for asking the card at the end
+        run = enqueue if kernel.name == "triton" else run
+    timed = time_variants({"obs_blocks": lambda _: run(w.copy_(weight), u, BLOCK, choice)}, None, setting)
+    share = float((w == 0).float().mean())
+    if not abs(share - 0.5) < 1e-3:
+        raise RuntimeError(f"{share:.1%} of the weights are zero")
+    facts |= {"what": "blocks", "rows": size, "columns": size, "pattern": str(pattern), "kernel": kernel.name}
+    yield {**facts, **timed.to_json()}
 
 
 def factor(size: int, setting: Setting) -> Iterator[Json]:

@@ -1,6 +1,6 @@
 """SparseGPT: prune column by column and repair the columns to the right; where asked, quantise in the same sweep.
 
-Blocks of columns are swept left to right by ops/obs_sweep. With U the upper Cholesky factor of H^-1 the saliency is
+Blocks of columns are swept left to right by ops/obs_blocks. With U the upper Cholesky factor of H^-1 the saliency is
 
     S_ij = W_ij^2 / U_jj^2
 
@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from sparsekern import grid
-from sparsekern.ops import obs_sweep
-from sparsekern.ops.addmm import addmm
-from sparsekern.ops.kernel import pick
-from sparsekern.pattern import NM, Pattern, Unstructured, keep_largest
+from sparsekern.ops import obs_blocks
+from sparsekern.ops.obs_blocks import Choice, OfBlock
+from sparsekern.pattern import NM, Pattern, Unstructured
 from sparsekern.stats import Gram
 
 
@@ -80,43 +79,45 @@ class SparseGPT:
         nm = (pattern.n, pattern.m) if isinstance(pattern, NM) else None
         self.check(weight.shape[1], pattern)
         pattern.check(weight.shape[1])
-        if not weight.isfinite().all():
+        # what multiplies an input that was never active does nothing
+        w = weight.float().where(~stats.dead, 0.0).contiguous()
+        # asked together: a card is waited for once
+        finite, whole = torch.stack([weight.isfinite().all(), w.all()]).tolist()
+        if not finite:
             raise ValueError(f"weight holds {int((~weight.isfinite()).sum())} NaN or infinite values")
         pattern = pattern.with_scope("block")
         u = self._factor(stats)
-        # what multiplies an input that was never active does nothing
-        w = weight.float().where(~stats.dead, 0.0)
-        present = None if self.original or w.all() else w != 0
-        sweep = pick(obs_sweep.KERNELS, w, u).run
-        everything = torch.ones_like(w[:, : self.block_size], dtype=torch.bool)
-        chosen = None
-        if not nm and pattern.scope != "block":
-            chosen = pattern.mask(_saliency(w, u, present))
-        scale, largest = None, grid.levels(self.bits) if self.bits else 0
-        # the same for every block: fresh memory costs more than what is written to it
-        errors, saliencies = (w.new_empty(w[:, : self.block_size].numel()) for _ in range(2))
+        present = None if self.original or whole else w != 0
+        if self.bits or self.original and not nm:
+            obs_blocks.in_turn(w, u, self.block_size, nm, self._of_block(w, u, present, pattern))
+        else:
+            obs_blocks.run(w, u, self.block_size, self._choice(w, u, present, pattern))
+        return w
 
-        for start in range(0, w.shape[1], self.block_size):
-            block = slice(start, min(start + self.block_size, w.shape[1]))
-            here, u_here = w[:, block], u[block, block].contiguous()
-            e, saliency = (x[: here.numel()].view(here.shape) for x in (errors, saliencies))
-            allowed = None if present is None else present[:, block]
-            if nm:
-                mask = everything[:, : here.shape[1]]
-            elif chosen is not None:
-                mask = chosen[:, block]
-            elif self.original:
+    def _choice(self, w: Tensor, u: Tensor, present: Tensor | None, pattern: Pattern) -> Choice:
+        if isinstance(pattern, NM):
+            return Choice(nm=(pattern.n, pattern.m), present=present)
+        if pattern.scope != "block":
+            return Choice(mask=pattern.mask(obs_blocks.saliency(w, u, present)), present=present)
+        return Choice(kept=_kept(w, self.block_size, pattern), present=present)
+
+    def _of_block(self, w: Tensor, u: Tensor, present: Tensor | None, pattern: Pattern) -> OfBlock:
+        """What stays of a block, and its grid."""
+        chosen = obs_blocks.chosen(w, self.block_size, self._choice(w, u, present, pattern))
+        largest = grid.levels(self.bits) if self.bits else 0
+        group_size, scales = self.group_size or w.shape[1], [None]
+
+        def of_block(block: slice, here: Tensor, u_here: Tensor) -> tuple[Tensor, Tensor | None, int]:
+            if self.original and isinstance(pattern, Unstructured):
                 mask = _mask_of_the_authors(here, u_here, pattern.sparsity)
             else:
-                mask = _block_mask(_saliency(here, u_here, allowed, saliency), block, pattern)
-            if largest and start % (self.group_size or w.shape[1]) == 0:
-                group = slice(start, start + (self.group_size or w.shape[1]))
-                scale = _group_scale(w[:, group], u[group, group], pattern, largest)
-            mask = mask if allowed is None else mask & allowed
-            sweep(here, u_here, mask, nm, scale, largest, out=(here, e))
-            if block.stop < w.shape[1]:
-                addmm(w[:, block.stop :], e, u[block, block.stop :], -1.0)
-        return w
+                mask = chosen(block, here, u_here)
+            if largest and block.start % group_size == 0:
+                group = slice(block.start, block.start + group_size)
+                scales[0] = _group_scale(w[:, group], u[group, group], pattern, largest)
+            return mask, scales[0], largest
+
+        return of_block
 
     def _factor(self, stats: Gram) -> Tensor:
         if not self.original:
@@ -127,19 +128,11 @@ class SparseGPT:
         return stats.inverse_cholesky(self.damping * (1 + dead / mean) if mean > 0 else self.damping)[0]
 
 
-def _saliency(w: Tensor, u: Tensor, present: Tensor | None, out: Tensor | None = None) -> Tensor:
-    out = torch.empty(w.shape, device=w.device) if out is None else out
-    # torch divides a slice by a row five times slower than it copies the slice first
-    saliency = out.copy_(w).div_(u.diagonal()).square_()
-    # a repair may have reached a weight that was pruned before: it still goes first
-    return saliency if present is None else saliency.masked_fill_(~present, -1.0)
-
-
-def _block_mask(saliency: Tensor, block: slice, pattern: Unstructured) -> Tensor:
-    rows = saliency.shape[0]
+def _kept(w: Tensor, block_size: int, pattern: Unstructured) -> list[int]:
+    rows = w.shape[0]
     # the rounding is carried from block to block, so that the layer's count is exact
-    kept = pattern.kept(rows * block.stop) - pattern.kept(rows * block.start)
-    return keep_largest(saliency.reshape(1, -1), [kept]).view_as(saliency)
+    ends = [pattern.kept(rows * block.stop) for block in obs_blocks.blocks(w.shape[1], block_size)]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _mask_of_the_authors(w: Tensor, u: Tensor, sparsity: float) -> Tensor:
@@ -149,6 +142,6 @@ def _mask_of_the_authors(w: Tensor, u: Tensor, sparsity: float) -> Tensor:
 
 
 def _group_scale(w: Tensor, u: Tensor, pattern: Pattern, largest: int) -> Tensor:
-    saliency = _saliency(w, u, None)
+    saliency = obs_blocks.saliency(w, u, None)
     # an error of w_j costs the sweep its square over u_jj^2; what will be pruned has no say in the scale
     return grid.best_scale(w, u.diagonal().square().reciprocal() * pattern.mask(saliency), largest)

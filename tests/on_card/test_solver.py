@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsekern.methods import ADMM, SparseGPT, Wanda
-from sparsekern.ops import inverse_cholesky, keep_largest, obs_sweep
+from sparsekern.ops import inverse_cholesky, keep_largest, obs_blocks, obs_sweep
 from sparsekern.ops.kernel import pick
 from sparsekern.pattern import NM, Unstructured
 from sparsekern.stats import Gram
@@ -67,3 +67,20 @@ def test_two_thresholds_at_once_do_not_disturb_each_other(place):
         assert int(mask.sum()) == 20_000
         lowest = saliencies[number][mask].min()
         assert (saliencies[number][~mask] <= lowest).all()
+
+
+@pytest.mark.parametrize(
+    "choice", [obs_blocks.Choice(nm=(2, 4)), obs_blocks.Choice(kept=[9000] * 3)], ids=["2:4", "kept"]
+)
+def test_two_layers_at_once_do_not_disturb_each_other(place, choice):
+    weights = [problem(200, 300, place)[0] + number for number in range(2)]
+    u, _ = problem(1, 300, place)[1].inverse_cholesky(0.01)
+
+    def prune(number):
+        w = weights[number].clone()
+        obs_blocks.run(w, u, 100, choice)
+        return w
+
+    expected = [prune(number) for number in range(2)]
+    for number, w in on_streams(place, prune, rounds=5):
+        assert torch.equal(w, expected[number])

@@ -145,35 +145,67 @@ def _obs_sweep_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = (row < rows)[:, None]
     all_col = tl.arange(0, BLOCK)
-    col = tl.arange(0, SUB)
     # [ROWS, BLOCK], repaired sub-block by sub-block
     w_block = tl.load(
         w_ptr + row[:, None] * w_row + all_col[None, :].to(tl.int64) * w_col,
         mask=inside & (all_col < COLUMNS)[None, :],
         other=0.0,
     )
+    scale = 1.0
     if QUANTISE:
         scale = tl.load(scale_ptr + row, mask=row < rows, other=0.0)[:, None]
+    out = row[:, None] * COLUMNS
+    mask_at = mask_ptr + row[:, None] * mask_row
+    # fmt: off
+    sweep_columns(
+        w_block, inside, COLUMNS, u_ptr, COLUMNS, mask_at, mask_col, pruned_ptr + out, e_ptr + out, scale, levels,
+        ROWS, BLOCK, SUB, STEP, N, M, QUANTISE,
+    )
+    # fmt: on
 
-    for start in range(0, COLUMNS, STEP):
+
+@triton.jit
+def sweep_columns(
+    w_block,  # [ROWS, BLOCK] float32
+    inside,  # [ROWS, 1], the rows that there are
+    columns,
+    u_ptr,  # [columns, columns] float32, upper triangular
+    u_row,  # stride
+    mask_at,  # [ROWS, 1] pointers to the first column of each row, True = may be kept
+    mask_col,  # stride
+    pruned_at,  # [ROWS, 1] pointers, columns side by side, out
+    e_at,  # the same
+    scale,  # [ROWS, 1] float32, where QUANTISE
+    levels,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SUB: tl.constexpr,
+    STEP: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    QUANTISE: tl.constexpr,
+):
+    """Sweep a program's rows of a block, sub-block by sub-block."""
+    all_col = tl.arange(0, BLOCK)
+    col = tl.arange(0, SUB)
+    for start in range(0, columns, STEP):
         at = start + col
-        here = (col < STEP) & (at < COLUMNS)
+        here = (col < STEP) & (at < columns)
         taken = tl.broadcast_to(tl.minimum(at, BLOCK - 1)[None, :], [ROWS, SUB])
         w = tl.where(here[None, :], tl.gather(w_block, taken, axis=1), 0.0)  # [ROWS, SUB]
         valid = inside & here[None, :]
-        mask_at = mask_ptr + row[:, None] * mask_row + at[None, :].to(tl.int64) * mask_col
-        kept = tl.load(mask_at, mask=valid, other=1) != 0  # [ROWS, SUB]
+        kept = tl.load(mask_at + at[None, :].to(tl.int64) * mask_col, mask=valid, other=1) != 0  # [ROWS, SUB]
         # asked for early: the rows of U that this sub-block needs are then on their way
-        behind = here[:, None] & (all_col < COLUMNS)[None, :]
-        u_sub = tl.load(u_ptr + at[:, None] * COLUMNS + all_col[None, :], mask=behind, other=0.0)  # [SUB, BLOCK]
-        inverse = (1.0 / tl.load(u_ptr + at * (COLUMNS + 1), mask=here, other=1.0))[None, :]  # [1, SUB]
+        behind = here[:, None] & (all_col < columns)[None, :]
+        u_sub = tl.load(u_ptr + at[:, None] * u_row + all_col[None, :], mask=behind, other=0.0)  # [SUB, BLOCK]
+        inverse = (1.0 / tl.load(u_ptr + at * (u_row + 1), mask=here, other=1.0))[None, :]  # [1, SUB]
 
         pruned = tl.zeros_like(w)
         e = tl.zeros_like(w)
         for j in tl.static_range(STEP):
             # what this does to the columns before j, and to j, is never read: they were taken out
-            there = here & (start + j < COLUMNS)
-            u_j = tl.load(u_ptr + (start + j) * COLUMNS + at, mask=there, other=0.0)[None, :]  # [1, SUB]
+            there = here & (start + j < columns)
+            u_j = tl.load(u_ptr + (start + j) * u_row + at, mask=there, other=0.0)[None, :]  # [1, SUB]
             if M > 1 and j % M == 0:
                 kept = _largest_of_group(w, inverse, kept, col[None, :], j, N, M)
             if QUANTISE:
@@ -185,9 +217,8 @@ def _obs_sweep_kernel(
             e += error
             w -= tl.sum(error, axis=1)[:, None] * u_j
 
-        out = row[:, None] * COLUMNS + at[None, :]
-        tl.store(pruned_ptr + out, pruned, mask=valid)
-        tl.store(e_ptr + out, e, mask=valid)
+        tl.store(pruned_at + at[None, :], pruned, mask=valid)
+        tl.store(e_at + at[None, :], e, mask=valid)
 
         # what it does to this sub-block and those before is never read again
         w_block -= tl.dot(e, u_sub, input_precision="ieee")
