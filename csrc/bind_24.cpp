@@ -1,50 +1,37 @@
-// The part of sparsekern._cpu that is on 2:4 weights: checks, casts the address, calls.
+// The part of sparsekern._cpu that is on 2:4 weights: checks, asks the tensors where they lie, calls.
 
-#include <new>
-
-#include "bind_cpu.h"
+#include "bind_linear.h"
 
 namespace sparsekern {
 namespace {
 
-void linear_24_checked(Address values, int64_t values_size, Address positions, int64_t positions_size,
-                       int64_t out_features, int64_t in_features, Address x, int64_t x_size, Address bias,
-                       int64_t bias_size, Address y, int64_t y_size, int64_t tokens, int threads,
-                       const std::string& isa) {
-  const Weight24 weight = {reinterpret_cast<const void*>(values), reinterpret_cast<const uint64_t*>(positions),
-                           out_features, in_features};
+// The operands are values and positions.
+void linear_24_checked(const py::tuple& operands, int64_t out_features, int64_t in_features, py::handle x,
+                       py::handle bias, py::handle y, int threads, const std::string& isa) {
   check_threads(threads);
   check_features(out_features, in_features);
-  const int64_t panels = (out_features + kPanelRows - 1) / kPanelRows;
-  const int64_t groups = (in_features + kBlockInputs - 1) / kBlockInputs * kGroups24;
+  check_operands(operands, 2);
+  const Memory values("values", operands[0]), positions("positions", operands[1]);
+  const Weight24 weight = {values.as<void>(), positions.as<uint64_t>(), out_features, in_features};
+  check(dtype_of(operands[0]) == DType::kBFloat16, "values must be bfloat16");
+  const int64_t panels = panels_of(out_features), groups = blocks_of(in_features) * kGroups24;
+  const int64_t values_size = values.count(2), positions_size = positions.count(8);
   int64_t needed;
   check(!__builtin_mul_overflow(panels, groups * kPanelRows * 2, &needed) && values_size == needed,
-        "values must hold " + std::to_string(panels) + " panels of " + std::to_string(groups * kPanelRows * 2) +
-            " elements, got " + std::to_string(values_size));
-  check(positions_size == panels * groups, "positions must hold " + std::to_string(panels) + " panels of " +
-                                               std::to_string(groups) + " words, got " +
-                                               std::to_string(positions_size));
-  const LinearOperands operands = {x, x_size, bias, bias_size, y, y_size, tokens};
-  const bool anything = operands.check_sizes(out_features, in_features);
+        "values must hold ", panels, " panels of ", groups * kPanelRows * 2, " elements, got ", values_size);
+  check(positions_size == panels * groups, "positions must hold ", panels, " panels of ", groups, " words, got ",
+        positions_size);
+  const LinearTensors tensors(x, bias, y, DType::kBFloat16, out_features, in_features);
   const int set = find_set(kLinear24Sets, isa);
-  if (!anything) return;
-  bool done;
-  {
-    py::gil_scoped_release release;
-    done = linear_24(weight, reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(bias),
-                     reinterpret_cast<void*>(y), tokens, set, threads);
-  }
-  if (!done) throw std::bad_alloc();
+  call_linear(tensors, [&](auto... call) { return linear_24(weight, call..., set, threads); });
 }
 
 }  // namespace
 
 void bind_24(py::module_& module) {
   module.def("linear_24_sets", [] { return names_of(kLinear24Sets); }, "Those this machine has, best first.");
-  module.def("linear_24", linear_24_checked, py::arg("values"), py::arg("values_size"), py::arg("positions"),
-             py::arg("positions_size"), py::arg("out_features"), py::arg("in_features"), py::arg("x"),
-             py::arg("x_size"), py::arg("bias"), py::arg("bias_size"), py::arg("y"), py::arg("y_size"),
-             py::arg("tokens"), py::arg("threads"), py::arg("isa") = "");
+  module.def("linear_24", linear_24_checked, py::arg("operands"), py::arg("out_features"), py::arg("in_features"),
+             py::arg("x"), py::arg("bias"), py::arg("y"), py::arg("threads"), py::arg("isa") = "");
 }
 
 }  // namespace sparsekern

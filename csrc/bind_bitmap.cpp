@@ -1,8 +1,6 @@
 // The part of sparsekern._cpu that is on packed weights: checks, casts the address, calls.
 
-#include <new>
-
-#include "bind_cpu.h"
+#include "bind_linear.h"
 
 namespace sparsekern {
 namespace {
@@ -18,42 +16,31 @@ std::string use(const std::string& isa) {
   return before;
 }
 
-// A packed weight: addresses, and the sizes of what lies there.
+// A packed weight that lies where its tensors say: masks, values, panel_offsets.
 struct Weight {
   BitmapWeight weight;
   int64_t panels;
 
-  Weight(const std::string& dtype, Address masks, int64_t masks_size, Address values, int64_t values_size,
-         Address panel_offsets, int64_t panel_offsets_size, int64_t out_features, int64_t in_features)
-      : weight{dtype_of(dtype),
-               reinterpret_cast<const uint32_t*>(masks),
-               reinterpret_cast<const void*>(values),
-               reinterpret_cast<const int64_t*>(panel_offsets),
-               out_features,
-               in_features},
-        panels((out_features + kPanelRows - 1) / kPanelRows) {
+  Weight(const py::tuple& operands, int64_t out_features, int64_t in_features) {
     check_features(out_features, in_features);
-    int64_t blocks = (in_features + kBlockInputs - 1) / kBlockInputs;
-    int64_t masks_needed;
-    const bool overflow = __builtin_mul_overflow(panels, blocks * kBlockMasks, &masks_needed);
-    check(!overflow && masks_size == masks_needed, "masks must hold panels * blocks * 16 words, got " +
-                                                       std::to_string(masks_size) + " for " + std::to_string(panels) +
-                                                       " panels of " + std::to_string(blocks) + " blocks");
-    check(panel_offsets_size == panels + 1, "panel_offsets must hold " + std::to_string(panels + 1) +
-                                                " offsets, got " + std::to_string(panel_offsets_size));
-    const int64_t tail = kTailBytes / value_bytes(weight.dtype);
-    const int64_t kept = values_size - tail;
-    check(weight.panel_offsets[0] == 0 && weight.panel_offsets[panels] == kept,
-          "panel_offsets must run from 0 to the " + std::to_string(kept) + " kept values, got " +
-              std::to_string(weight.panel_offsets[0]) + " to " + std::to_string(weight.panel_offsets[panels]));
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      check(weight.panel_offsets[panel] <= weight.panel_offsets[panel + 1],
-            "panel_offsets must not fall, panel " + std::to_string(panel) + " does");
-    }
+    check_operands(operands, 3);
+    const Memory masks("masks", operands[0]), values("values", operands[1]), offsets("panel_offsets", operands[2]);
+    weight = {dtype_of(operands[1]), masks.as<uint32_t>(), values.as<void>(), offsets.as<int64_t>(), out_features,
+              in_features};
+    panels = panels_of(out_features);
+    const int64_t blocks = blocks_of(in_features), masks_size = masks.count(4), offsets_size = offsets.count(8);
+    int64_t needed;
+    const bool overflow = __builtin_mul_overflow(panels, blocks * kBlockMasks, &needed);
+    check(!overflow && masks_size == needed, "masks must hold panels * blocks * 16 words, got ", masks_size, " for ",
+          panels, " panels of ", blocks, " blocks");
+    check(offsets_size == panels + 1, "panel_offsets must hold ", panels + 1, " offsets, got ", offsets_size);
+    const int64_t value = value_bytes(weight.dtype);
+    check_offsets("panel_offsets", weight.panel_offsets, panels, values.count(value) - kTailBytes / value,
+                  "kept values");
   }
 };
 
-// The same for a weight as it is saved. What its rows say is for the ops themselves to check.
+// A weight as it is saved: addresses, and the sizes of what lies there. What its rows say is for the ops themselves to check.
 struct Rows {
   BitmapRows rows;
 
@@ -67,16 +54,16 @@ struct Rows {
              out_features,
              in_features} {
     check_features(out_features, in_features);
-    check(values_size >= 0, "values_size must not be negative, got " + std::to_string(values_size));
+    check(values_size >= 0, "values_size must not be negative, got ", values_size);
     int64_t bytes;
     check(!__builtin_mul_overflow(out_features, bitmap_row_bytes(in_features), &bytes) && bitmap_size == bytes,
-          "bitmap must hold out_features rows of " + std::to_string(bitmap_row_bytes(in_features)) + " bytes, got " +
-              std::to_string(bitmap_size) + " in all");
-    check(row_offsets_size == out_features + 1, "row_offsets must hold " + std::to_string(out_features + 1) +
-                                                    " offsets, got " + std::to_string(row_offsets_size));
+          "bitmap must hold out_features rows of ", bitmap_row_bytes(in_features), " bytes, got ", bitmap_size,
+          " in all");
+    check(row_offsets_size == out_features + 1, "row_offsets must hold ", out_features + 1, " offsets, got ",
+          row_offsets_size);
     check(rows.row_offsets[0] == 0 && rows.row_offsets[out_features] == values_size,
-          "row_offsets must run from 0 to the " + std::to_string(values_size) + " values, got " +
-              std::to_string(rows.row_offsets[0]) + " to " + std::to_string(rows.row_offsets[out_features]));
+          "row_offsets must run from 0 to the ", values_size, " values, got ", rows.row_offsets[0], " to ",
+          rows.row_offsets[out_features]);
   }
 };
 
@@ -84,12 +71,9 @@ DenseRows dense_rows(const std::string& dtype, Address weight, int64_t row_strid
                      int64_t in_features) {
   check_features(out_features, in_features);
   // 0: one row that stands for all
-  check(row_stride >= 0, "row_stride must not be negative, got " + std::to_string(row_stride));
+  check(row_stride >= 0, "row_stride must not be negative, got ", row_stride);
   return {dtype_of(dtype), reinterpret_cast<const void*>(weight), row_stride, out_features, in_features};
 }
-
-// What Python sees of a row: -1 when none is wrong.
-int64_t row_or_none(int64_t row) { return row == kNoRow ? -1 : row; }
 
 int64_t check_bitmap_checked(const Rows& packed, int threads, const std::string& isa) {
   check_threads(threads);
@@ -103,7 +87,7 @@ int64_t bitmap_to_dense_checked(const Rows& packed, Address dense, int64_t dense
   check_threads(threads);
   int64_t needed;
   check(!__builtin_mul_overflow(packed.rows.out_features, packed.rows.in_features, &needed) && dense_size == needed,
-        "dense must hold out_features * in_features elements, got " + std::to_string(dense_size));
+        "dense must hold out_features * in_features elements, got ", dense_size);
   const int set = find_set(kBitmapRowsSets, isa);
   py::gil_scoped_release release;
   return row_or_none(bitmap_to_dense(packed.rows, reinterpret_cast<void*>(dense), set, threads));
@@ -116,9 +100,9 @@ int64_t dense_to_bits_checked(const std::string& dtype, Address weight, int64_t 
   const DenseRows dense = dense_rows(dtype, weight, row_stride, out_features, in_features);
   int64_t bytes;
   check(!__builtin_mul_overflow(out_features, bitmap_row_bytes(in_features), &bytes) && bitmap_size == bytes,
-        "bitmap must hold out_features rows, got " + std::to_string(bitmap_size) + " bytes");
-  check(row_offsets_size == out_features + 1, "row_offsets must hold " + std::to_string(out_features + 1) +
-                                                  " offsets, got " + std::to_string(row_offsets_size));
+        "bitmap must hold out_features rows, got ", bitmap_size, " bytes");
+  check(row_offsets_size == out_features + 1, "row_offsets must hold ", out_features + 1, " offsets, got ",
+        row_offsets_size);
   const int set = find_set(kBitmapRowsSets, isa);
   py::gil_scoped_release release;
   return dense_to_bits(dense, reinterpret_cast<uint8_t*>(bitmap), reinterpret_cast<int64_t*>(row_offsets), set,
@@ -128,8 +112,7 @@ int64_t dense_to_bits_checked(const std::string& dtype, Address weight, int64_t 
 int64_t dense_to_values_checked(const Rows& packed, Address weight, int64_t row_stride, Address values,
                                 int64_t values_size, int threads, const std::string& isa) {
   check_threads(threads);
-  check(values_size == packed.rows.kept,
-        "values must hold " + std::to_string(packed.rows.kept) + " elements, got " + std::to_string(values_size));
+  check(values_size == packed.rows.kept, "values must hold ", packed.rows.kept, " elements, got ", values_size);
   DenseRows dense = dense_rows("float32", weight, row_stride, packed.rows.out_features, packed.rows.in_features);
   dense.dtype = packed.rows.dtype;
   const int set = find_set(kBitmapRowsSets, isa);
@@ -145,12 +128,10 @@ int64_t bitmap_to_panels_checked(const Rows& packed, Address masks, int64_t mask
   const int64_t blocks = (packed.rows.in_features + kBlockInputs - 1) / kBlockInputs;
   int64_t needed;
   check(!__builtin_mul_overflow(panels, blocks * kBlockMasks, &needed) && masks_size == needed,
-        "masks must hold panels * blocks * 16 words, got " + std::to_string(masks_size));
+        "masks must hold panels * blocks * 16 words, got ", masks_size);
   const int64_t with_tail = packed.rows.kept + kTailBytes / value_bytes(packed.rows.dtype);
-  check(values_size == with_tail,
-        "values must hold " + std::to_string(with_tail) + " elements, got " + std::to_string(values_size));
-  check(panel_offsets_size == panels + 1, "panel_offsets must hold " + std::to_string(panels + 1) + " offsets, got " +
-                                              std::to_string(panel_offsets_size));
+  check(values_size == with_tail, "values must hold ", with_tail, " elements, got ", values_size);
+  check(panel_offsets_size == panels + 1, "panel_offsets must hold ", panels + 1, " offsets, got ", panel_offsets_size);
   const int set = find_set(kBitmapPanelsSets, isa);
   py::gil_scoped_release release;
   return row_or_none(bitmap_to_panels(packed.rows, reinterpret_cast<uint32_t*>(masks),
@@ -164,50 +145,38 @@ int64_t panels_to_bitmap_checked(const Weight& packed, Address values, int64_t v
   const BitmapWeight& weight = packed.weight;
   check_threads(threads);
   const int64_t kept = weight.panel_offsets[packed.panels];
-  check(values_size == kept,
-        "values must hold " + std::to_string(kept) + " elements, got " + std::to_string(values_size));
+  check(values_size == kept, "values must hold ", kept, " elements, got ", values_size);
   int64_t bytes;
-  check(!__builtin_mul_overflow(weight.out_features, bitmap_row_bytes(weight.in_features), &bytes) &&
-            bitmap_size == bytes,
-        "bitmap must hold out_features rows, got " + std::to_string(bitmap_size) + " bytes");
-  check(row_offsets_size == weight.out_features + 1, "row_offsets must hold " +
-                                                         std::to_string(weight.out_features + 1) + " offsets, got " +
-                                                         std::to_string(row_offsets_size));
+  check(!__builtin_mul_overflow(weight.out_features, bitmap_row_bytes(weight.in_features), &bytes) && bitmap_size == bytes,
+        "bitmap must hold out_features rows, got ", bitmap_size, " bytes");
+  check(row_offsets_size == weight.out_features + 1, "row_offsets must hold ", weight.out_features + 1,
+        " offsets, got ", row_offsets_size);
   const int set = find_set(kBitmapPanelsSets, isa);
   py::gil_scoped_release release;
   return row_or_none(panels_to_bitmap(weight, reinterpret_cast<void*>(values), reinterpret_cast<uint8_t*>(bitmap),
                                       reinterpret_cast<int64_t*>(row_offsets), set, threads));
 }
 
-void linear_bitmap_checked(const Weight& packed, Address x, int64_t x_size, Address bias, int64_t bias_size, Address y,
-                           int64_t y_size, int64_t tokens, int threads, const std::string& isa) {
-  const BitmapWeight& weight = packed.weight;
+void linear_bitmap_checked(const py::tuple& operands, int64_t out_features, int64_t in_features, py::handle x,
+                           py::handle bias, py::handle y, int threads, const std::string& isa) {
   check_threads(threads);
-  const LinearOperands operands = {x, x_size, bias, bias_size, y, y_size, tokens};
-  const bool anything = operands.check_sizes(weight.out_features, weight.in_features);
+  const BitmapWeight weight = Weight(operands, out_features, in_features).weight;
+  const LinearTensors tensors(x, bias, y, weight.dtype, out_features, in_features);
   const int set = find_set(kLinearBitmapSets, isa);
-  if (!anything) return;
-  bool done;
-  {
-    py::gil_scoped_release release;
-    done = linear_bitmap(weight, reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(bias),
-                         reinterpret_cast<void*>(y), tokens, set, threads);
-  }
-  if (!done) throw std::bad_alloc();
+  call_linear(tensors, [&](auto... call) { return linear_bitmap(weight, call..., set, threads); });
 }
 
 void expand_bitmap_checked(const Weight& packed, Address dense, int64_t dense_size, int64_t first_panel,
                            int64_t end_panel, int threads, const std::string& isa) {
   const BitmapWeight& weight = packed.weight;
   check_threads(threads);
-  check(0 <= first_panel && first_panel <= end_panel && end_panel <= packed.panels,
-        "panels must lie in 0.." + std::to_string(packed.panels) + ", got " + std::to_string(first_panel) + ".." +
-            std::to_string(end_panel));
+  check(0 <= first_panel && first_panel <= end_panel && end_panel <= packed.panels, "panels must lie in 0..",
+        packed.panels, ", got ", first_panel, "..", end_panel);
   const int64_t end_row =
       end_panel * kPanelRows < weight.out_features ? end_panel * kPanelRows : weight.out_features;
   const int64_t rows = first_panel < end_panel ? end_row - first_panel * kPanelRows : 0;
-  check(dense_size == rows * weight.in_features,
-        "dense must hold " + std::to_string(rows * weight.in_features) + " elements, got " + std::to_string(dense_size));
+  check(dense_size == rows * weight.in_features, "dense must hold ", rows * weight.in_features, " elements, got ",
+        dense_size);
   const int set = find_set(kLinearBitmapSets, isa);
   if (dense_size == 0) return;
   py::gil_scoped_release release;
@@ -222,13 +191,12 @@ void bind_bitmap(py::module_& module) {
   module.def("use", use, py::arg("isa"), "Choose no better instruction set than this, or with an empty one the best; returns what undoes it.");
   module.def("instruction_sets", instruction_sets, "Those this machine has, best first.");
 
-  py::class_<Weight>(module, "BitmapWeight", "Addresses and sizes of a packed weight; see csrc/ops.h.")
-      .def(py::init<const std::string&, Address, int64_t, Address, int64_t, Address, int64_t, int64_t, int64_t>(),
-           py::arg("dtype"), py::arg("masks"), py::arg("masks_size"), py::arg("values"), py::arg("values_size"),
-           py::arg("panel_offsets"), py::arg("panel_offsets_size"), py::arg("out_features"), py::arg("in_features"));
-  module.def("linear_bitmap", linear_bitmap_checked, py::arg("weight"), py::arg("x"), py::arg("x_size"),
-             py::arg("bias"), py::arg("bias_size"), py::arg("y"), py::arg("y_size"), py::arg("tokens"),
-             py::arg("threads"), py::arg("isa") = "");
+  py::class_<Weight>(module, "BitmapWeight", "Where the tensors of a packed weight lie; see csrc/ops.h. Keeps none of them.")
+      .def(py::init<const py::tuple&, int64_t, int64_t>(), py::arg("operands"), py::arg("out_features"),
+           py::arg("in_features"));
+  module.def("linear_bitmap", linear_bitmap_checked, py::arg("operands"), py::arg("out_features"),
+             py::arg("in_features"), py::arg("x"), py::arg("bias"), py::arg("y"), py::arg("threads"),
+             py::arg("isa") = "");
   module.def("expand_bitmap", expand_bitmap_checked, py::arg("weight"), py::arg("dense"), py::arg("dense_size"),
              py::arg("first_panel"), py::arg("end_panel"), py::arg("threads"), py::arg("isa") = "");
   py::class_<Rows>(module, "BitmapRows", "Addresses and sizes of a weight as it is saved; see csrc/ops.h.")

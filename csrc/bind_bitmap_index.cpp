@@ -1,63 +1,33 @@
 // The part of sparsekern._cpu that is on linear_bitmap_index: checks, casts the address, calls.
 
-#include <new>
-
-#include "bind_cpu.h"
+#include "bind_linear.h"
 
 namespace sparsekern {
 namespace {
 
-constexpr int64_t kMost = int64_t{1} << 40;  // no honest request, and products of two would overflow
-
-void check_sizes(int64_t out_features, int64_t in_features) {
-  check(out_features >= 0 && out_features < kMost, "out_features is impossible: " + std::to_string(out_features));
-  check(in_features >= 0 && in_features < kMost, "in_features is impossible: " + std::to_string(in_features));
-}
-
-void check_size(const char* name, int64_t size, int64_t rows, int64_t columns) {
-  int64_t needed;
-  const bool overflow = __builtin_mul_overflow(rows, columns, &needed);
-  check(!overflow && size == needed, std::string(name) + " must hold " + std::to_string(rows) + " * " +
-                                         std::to_string(columns) + " elements, got " + std::to_string(size));
-}
-
-void check_offsets(const char* name, const int64_t* offsets, int64_t panels, int64_t last) {
-  check(offsets[0] == 0 && offsets[panels] == last, std::string(name) + " must run from 0 to " + std::to_string(last) +
-                                                        ", got " + std::to_string(offsets[0]) + " to " +
-                                                        std::to_string(offsets[panels]));
-  for (int64_t panel = 0; panel < panels; ++panel) {
-    check(offsets[panel] <= offsets[panel + 1],
-          std::string(name) + " must not fall, panel " + std::to_string(panel) + " does");
-  }
-}
-
-int64_t panels_of(int64_t out_features) { return (out_features + kPanelRows - 1) / kPanelRows; }
 int64_t windows_of(int64_t in_features) { return (in_features + kWindowInputs - 1) / kWindowInputs; }
 
-// A packed weight: addresses, and the sizes of what lies there.
+// A packed weight that lies where its tensors say: steps, masks, places, values, step_offsets, value_offsets.
 struct IndexWeight {
   BitmapIndexWeight weight;
   int64_t panels;
 
-  IndexWeight(Address steps, int64_t steps_size, Address masks, int64_t masks_size, Address places, int64_t places_size,
-              Address values, int64_t values_size, Address step_offsets, int64_t step_offsets_size,
-              Address value_offsets, int64_t value_offsets_size, int64_t out_features, int64_t in_features)
-      : weight{reinterpret_cast<const uint16_t*>(steps),
-               reinterpret_cast<const uint64_t*>(masks),
-               reinterpret_cast<const uint8_t*>(places),
-               reinterpret_cast<const uint16_t*>(values),
-               reinterpret_cast<const int64_t*>(step_offsets),
-               reinterpret_cast<const int64_t*>(value_offsets),
-               out_features,
-               in_features},
-        panels(panels_of(out_features)) {
-    check_sizes(out_features, in_features);
-    check_size("steps", steps_size, panels, windows_of(in_features));
-    check_size("step_offsets", step_offsets_size, 1, panels + 1);
-    check_size("value_offsets", value_offsets_size, 1, panels + 1);
-    check_size("places", places_size, 1, values_size);
-    check_offsets("step_offsets", weight.step_offsets, panels, masks_size);
-    check_offsets("value_offsets", weight.value_offsets, panels, values_size - kIndexTail);
+  IndexWeight(const py::tuple& operands, int64_t out_features, int64_t in_features) {
+    check_features(out_features, in_features);
+    check_operands(operands, 6);
+    const Memory steps("steps", operands[0]), masks("masks", operands[1]), places("places", operands[2]),
+        values("values", operands[3]), step_offsets("step_offsets", operands[4]),
+        value_offsets("value_offsets", operands[5]);
+    weight = {steps.as<uint16_t>(),       masks.as<uint64_t>(),        places.as<uint8_t>(), values.as<uint16_t>(),
+              step_offsets.as<int64_t>(), value_offsets.as<int64_t>(), out_features,         in_features};
+    panels = panels_of(out_features);
+    check(dtype_of(operands[3]) == DType::kBFloat16, "values must be bfloat16");
+    check_size("steps", steps.count(2), panels, windows_of(in_features));
+    check_size("step_offsets", step_offsets.count(8), 1, panels + 1);
+    check_size("value_offsets", value_offsets.count(8), 1, panels + 1);
+    check_size("places", places.bytes, 1, values.count(2));
+    check_offsets("step_offsets", weight.step_offsets, panels, masks.count(8), "steps");
+    check_offsets("value_offsets", weight.value_offsets, panels, values.count(2) - kIndexTail, "kept values");
   }
 };
 
@@ -73,11 +43,11 @@ struct Rows {
              values_size,
              out_features,
              in_features} {
-    check_sizes(out_features, in_features);
+    check_features(out_features, in_features);
     check_size("bitmap", bitmap_size, out_features, bitmap_row_bytes(in_features));
     check_size("row_offsets", row_offsets_size, 1, out_features + 1);
     check(rows.row_offsets[0] == 0 && rows.row_offsets[out_features] == values_size,
-          "row_offsets must run from 0 to the " + std::to_string(values_size) + " values");
+          "row_offsets must run from 0 to the ", values_size, " values");
     // rows that do not count their ones would be written outside
     check(check_bitmap(rows, find_set(kBitmapRowsSets, ""), 1) == kNoRow,
           "bitmap must keep as many weights in every row as row_offsets say");
@@ -107,9 +77,8 @@ void fill_checked(const Rows& packed, const IndexWeight& made, int threads) {
   for (int64_t panel = 0; panel < made.panels; ++panel) {
     int64_t steps = 0;
     for (int64_t w = 0; w < windows; ++w) steps += made.weight.steps[panel * windows + w];
-    check(steps == made.weight.step_offsets[panel + 1] - made.weight.step_offsets[panel] &&
-              made.weight.value_offsets[panel] == packed.rows.row_offsets[panel * kPanelRows],
-          "panel " + std::to_string(panel) + " must have the steps and values of its rows");
+    check(steps == made.weight.step_offsets[panel + 1] - made.weight.step_offsets[panel] && made.weight.value_offsets[panel] == packed.rows.row_offsets[panel * kPanelRows],
+          "panel ", panel, " must have the steps and values of its rows");
   }
   py::gil_scoped_release release;
   bitmap_to_index(packed.rows,
@@ -132,36 +101,21 @@ int64_t restore_checked(const IndexWeight& packed, Address values, int64_t value
   return panel == kNoRow ? -1 : panel;
 }
 
-void linear_checked(const IndexWeight& packed, Address x, int64_t x_size, Address bias, int64_t bias_size, Address y,
-                    int64_t y_size, int64_t tokens, int threads) {
-  const BitmapIndexWeight& weight = packed.weight;
+void linear_checked(const py::tuple& operands, int64_t out_features, int64_t in_features, py::handle x,
+                    py::handle bias, py::handle y, int threads) {
   check_threads(threads);
   check(has_linear_bitmap_index(), "this machine does not have the instructions of linear_bitmap_index");
-  check(tokens >= 0 && tokens < kMost, "tokens is impossible: " + std::to_string(tokens));
-  check_size("x", x_size, tokens, weight.in_features);
-  check_size("y", y_size, tokens, weight.out_features);
-  check(bias == 0 || bias_size == weight.out_features,
-        "bias must hold " + std::to_string(weight.out_features) + " elements, got " + std::to_string(bias_size));
-  if (y_size == 0) return;
-  bool done;
-  {
-    py::gil_scoped_release release;
-    done = linear_bitmap_index(weight, reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(bias),
-                               reinterpret_cast<void*>(y), tokens, threads);
-  }
-  if (!done) throw std::bad_alloc();
+  const BitmapIndexWeight weight = IndexWeight(operands, out_features, in_features).weight;
+  const LinearTensors tensors(x, bias, y, DType::kBFloat16, out_features, in_features);
+  call_linear(tensors, [&](auto... call) { return linear_bitmap_index(weight, call..., threads); });
 }
 
 }  // namespace
 
 void bind_bitmap_index(py::module_& module) {
-  py::class_<IndexWeight>(module, "BitmapIndexWeight", "Addresses and sizes of a packed weight; see csrc/ops.h.")
-      .def(py::init<Address, int64_t, Address, int64_t, Address, int64_t, Address, int64_t, Address, int64_t, Address,
-                    int64_t, int64_t, int64_t>(),
-           py::arg("steps"), py::arg("steps_size"), py::arg("masks"), py::arg("masks_size"), py::arg("places"),
-           py::arg("places_size"), py::arg("values"), py::arg("values_size"), py::arg("step_offsets"),
-           py::arg("step_offsets_size"), py::arg("value_offsets"), py::arg("value_offsets_size"),
-           py::arg("out_features"), py::arg("in_features"));
+  py::class_<IndexWeight>(module, "BitmapIndexWeight", "Where the tensors of a packed weight lie; see csrc/ops.h. Keeps none of them.")
+      .def(py::init<const py::tuple&, int64_t, int64_t>(), py::arg("operands"), py::arg("out_features"),
+           py::arg("in_features"));
   py::class_<Rows>(module, "BitmapIndexRows", "Addresses and sizes of a weight as it is saved; see csrc/ops.h.")
       .def(py::init<Address, int64_t, Address, int64_t, Address, int64_t, int64_t, int64_t>(), py::arg("values"),
            py::arg("values_size"), py::arg("bitmap"), py::arg("bitmap_size"), py::arg("row_offsets"),
@@ -174,8 +128,8 @@ void bind_bitmap_index(py::module_& module) {
   module.def("index_to_bitmap", restore_checked, py::arg("weight"), py::arg("values"), py::arg("values_size"),
              py::arg("bitmap"), py::arg("bitmap_size"), py::arg("row_offsets"), py::arg("row_offsets_size"),
              py::arg("threads"));
-  module.def("linear_bitmap_index", linear_checked, py::arg("weight"), py::arg("x"), py::arg("x_size"), py::arg("bias"),
-             py::arg("bias_size"), py::arg("y"), py::arg("y_size"), py::arg("tokens"), py::arg("threads"));
+  module.def("linear_bitmap_index", linear_checked, py::arg("operands"), py::arg("out_features"),
+             py::arg("in_features"), py::arg("x"), py::arg("bias"), py::arg("y"), py::arg("threads"));
 }
 
 }  // namespace sparsekern

@@ -19,16 +19,13 @@ void obs_sweep_checked(Address weight, int64_t weight_stride, Address u, Address
                        int64_t m, Address scale, int64_t levels, Address pruned, int64_t pruned_stride, Address e,
                        int64_t e_stride, int64_t rows, int64_t block, int threads, const std::string& isa) {
   check_threads(threads);
-  check(rows >= 0 && block >= 0, "rows and block must not be negative, got " + std::to_string(rows) + " and " +
-                                     std::to_string(block));
+  check(rows >= 0 && block >= 0, "rows and block must not be negative, got ", rows, " and ", block);
   // 2^20 columns are 4 TB of U: no honest request
-  check(block < int64_t{1} << 20 && rows < int64_t{1} << 40, "the block is impossible: " + std::to_string(rows) + " by " +
-                                                                 std::to_string(block));
+  check(block < int64_t{1} << 20 && rows < int64_t{1} << 40, "the block is impossible: ", rows, " by ", block);
   check(weight_stride >= block && mask_stride >= block && pruned_stride >= block && e_stride >= block,
         "strides must not be below the block's width");
-  check(m == 0 || (0 < n && n <= m && block % m == 0), "N:M must divide the block, got " + std::to_string(n) + ":" +
-                                                            std::to_string(m));
-  check(levels >= 0 && levels <= 1 << 20, "levels must lie in 0..2^20, got " + std::to_string(levels));
+  check(m == 0 || (0 < n && n <= m && block % m == 0), "N:M must divide the block, got ", n, ":", m);
+  check(levels >= 0 && levels <= 1 << 20, "levels must lie in 0..2^20, got ", levels);
   const int set = find_set(kObsSweepSets, isa);
   if (rows == 0 || block == 0) return;
   const ObsSweep sweep = {reinterpret_cast<const float*>(weight),
@@ -57,16 +54,14 @@ void obs_sweep_checked(Address weight, int64_t weight_stride, Address u, Address
 int64_t keep_largest_checked(Address saliency, Address kept, int64_t kept_stride, Address mask, int64_t sets,
                              int64_t size, int threads) {
   check_threads(threads);
-  check(sets >= 0 && size >= 0,
-        "sets and size must not be negative, got " + std::to_string(sets) + " and " + std::to_string(size));
+  check(sets >= 0 && size >= 0, "sets and size must not be negative, got ", sets, " and ", size);
   int64_t elements;
   check(!__builtin_mul_overflow(sets, size, &elements) && size < int64_t{1} << 32,
-        "a set must be smaller than 2^32, got " + std::to_string(size));
+        "a set must be smaller than 2^32, got ", size);
   const auto* counts = reinterpret_cast<const int64_t*>(kept);
   for (int64_t set = 0; set < (kept_stride == 0 && sets > 0 ? 1 : sets); ++set) {
     const int64_t count = counts[set * kept_stride];
-    check(0 <= count && count <= size,
-          "kept must lie in 0.." + std::to_string(size) + ", got " + std::to_string(count));
+    check(0 <= count && count <= size, "kept must lie in 0..", size, ", got ", count);
   }
   if (elements == 0) return 0;
   int64_t missing;
@@ -81,7 +76,7 @@ int64_t keep_largest_checked(Address saliency, Address kept, int64_t kept_stride
 
 uint64_t stream_read_checked(Address buffer, int64_t bytes, int threads) {
   check_threads(threads);
-  check(bytes >= 0, "bytes must not be negative, got " + std::to_string(bytes));
+  check(bytes >= 0, "bytes must not be negative, got ", bytes);
   py::gil_scoped_release release;
   return stream_read(reinterpret_cast<const void*>(buffer), bytes, threads);
 }
@@ -100,18 +95,18 @@ bool addmm_is_of_use() { return has_addmm() && is_allowed({"avx512", has_addmm})
 void gram_checked(const std::string& dtype, Address x, int64_t x_size, Address total, int64_t total_size,
                   int64_t tokens, int64_t in_features, int threads, const std::string& isa) {
   check_threads(threads);
-  check(tokens >= 0, "tokens must not be negative, got " + std::to_string(tokens));
-  check(in_features >= 0, "in_features must not be negative, got " + std::to_string(in_features));
+  check(tokens >= 0, "tokens must not be negative, got ", tokens);
+  check(in_features >= 0, "in_features must not be negative, got ", in_features);
   int64_t x_needed, total_needed;
   check(!__builtin_mul_overflow(tokens, in_features, &x_needed) && x_size == x_needed,
-        "x must hold tokens * in_features elements, got " + std::to_string(x_size));
+        "x must hold tokens * in_features elements, got ", x_size);
   check(!__builtin_mul_overflow(in_features, in_features, &total_needed) && total_size == total_needed,
-        "total must hold in_features * in_features elements, got " + std::to_string(total_size));
+        "total must hold in_features * in_features elements, got ", total_size);
   int set = 0;
   while (kGramSets[set].name != nullptr && !(isa == kGramSets[set].name && kGramSets[set].supported())) ++set;
-  check(kGramSets[set].name != nullptr, "this machine does not have the instruction set " + isa);
+  check(kGramSets[set].name != nullptr, "this machine does not have the instruction set ", isa);
   const DType type = dtype_of(dtype);
-  check(type == DType::kBFloat16 || isa != "avx512_bf16", "avx512_bf16 multiplies bfloat16, got " + dtype);
+  check(type == DType::kBFloat16 || isa != "avx512_bf16", "avx512_bf16 multiplies bfloat16, got ", dtype);
   bool done;
   {
     py::gil_scoped_release release;
@@ -126,9 +121,8 @@ void addmm_checked(Address total, int64_t total_stride, Address a, int64_t a_row
                    int64_t columns, float scale, int threads) {
   check(has_addmm(), "this is not an AMD processor with AVX-512");
   check_threads(threads);
-  check(rows >= 0 && inner >= 0 && columns >= 0, "sizes must not be negative, got " + std::to_string(rows) + ", " +
-                                                     std::to_string(inner) + ", " + std::to_string(columns));
-  check(total_stride >= columns, "rows of total must not overlap, got stride " + std::to_string(total_stride));
+  check(rows >= 0 && inner >= 0 && columns >= 0, "sizes must not be negative, got ", rows, ", ", inner, ", ", columns);
+  check(total_stride >= columns, "rows of total must not overlap, got stride ", total_stride);
   check(a_row_stride == 1 || a_column_stride == 1, "a must be row-major or column-major");
   check(b_row_stride == 1 || b_column_stride == 1, "b must be row-major or column-major");
   bool done;

@@ -22,8 +22,18 @@ void bind_24(py::module_& module);
 
 using Address = std::uintptr_t;
 
-inline void check(bool right, const std::string& message) {
-  if (!right) throw py::value_error(message);
+inline std::string in_words(const std::string& part) { return part; }
+inline std::string in_words(int64_t part) { return std::to_string(part); }
+
+template <class... Parts>
+[[noreturn, gnu::cold, gnu::noinline]] void refuse(const Parts&... parts) {
+  throw py::value_error((in_words(parts) + ...));
+}
+
+// The message is put together when it is needed: a call makes hundreds of checks.
+template <class... Parts>
+void check(bool right, const Parts&... parts) {
+  if (__builtin_expect(!right, 0)) refuse(parts...);
 }
 
 inline DType dtype_of(const std::string& name) {
@@ -75,37 +85,35 @@ inline int find_set(const InstructionSet* sets, const std::string& name) {
   throw py::value_error("this machine does not have the instruction set " + name + ", only " + here);
 }
 
+// 2^40 inputs or outputs cannot be an honest request, and their product would overflow
+constexpr int64_t kMostFeatures = int64_t{1} << 40;
+
 inline void check_features(int64_t out_features, int64_t in_features) {
-  // 2^40 inputs or outputs cannot be an honest request, and their product would overflow
-  constexpr int64_t kMost = int64_t{1} << 40;
-  check(out_features >= 0 && out_features < kMost, "out_features is impossible: " + std::to_string(out_features));
-  check(in_features >= 0 && in_features < kMost, "in_features is impossible: " + std::to_string(in_features));
+  check(out_features >= 0 && out_features < kMostFeatures, "out_features is impossible: ", out_features);
+  check(in_features >= 0 && in_features < kMostFeatures, "in_features is impossible: ", in_features);
 }
 
-// What a linear op is given beside its weight: addresses, and the sizes of what lies there.
-struct LinearOperands {
-  Address x;
-  int64_t x_size;
-  Address bias;
-  int64_t bias_size;
-  Address y;
-  int64_t y_size;
-  int64_t tokens;
+inline void check_size(const char* name, int64_t size, int64_t rows, int64_t columns) {
+  int64_t needed;
+  const bool overflow = __builtin_mul_overflow(rows, columns, &needed);
+  check(!overflow && size == needed, name, " must hold ", rows, " * ", columns, " elements, got ", size);
+}
 
-  // Returns whether there is anything to do.
-  bool check_sizes(int64_t out_features, int64_t in_features) const {
-    check(tokens >= 0, "tokens must not be negative, got " + std::to_string(tokens));
-    int64_t x_needed, y_needed;
-    check(!__builtin_mul_overflow(tokens, in_features, &x_needed) && x_size == x_needed,
-          "x must hold tokens * in_features elements, got " + std::to_string(x_size));
-    check(!__builtin_mul_overflow(tokens, out_features, &y_needed) && y_size == y_needed,
-          "y must hold tokens * out_features elements, got " + std::to_string(y_size));
-    check(bias == 0 || bias_size == out_features,
-          "bias must hold " + std::to_string(out_features) + " elements, got " + std::to_string(bias_size));
-    return y_needed != 0;
+// Where each panel starts among `last` of something: from 0 to the last, never back.
+inline void check_offsets(const char* name, const int64_t* offsets, int64_t panels, int64_t last, const char* things) {
+  check(offsets[0] == 0 && offsets[panels] == last, name, " must run from 0 to the ", last, " ", things, ", got ",
+        offsets[0], " to ", offsets[panels]);
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    check(offsets[panel] <= offsets[panel + 1], name, " must not fall, panel ", panel, " does");
   }
-};
+}
 
-inline void check_threads(int threads) { check(threads > 0, "threads must be positive, got " + std::to_string(threads)); }
+constexpr int64_t panels_of(int64_t out_features) { return (out_features + kPanelRows - 1) / kPanelRows; }
+constexpr int64_t blocks_of(int64_t in_features) { return (in_features + kBlockInputs - 1) / kBlockInputs; }
+
+// What Python sees of a row or panel: -1 when none is wrong.
+inline int64_t row_or_none(int64_t row) { return row == kNoRow ? -1 : row; }
+
+inline void check_threads(int threads) { check(threads > 0, "threads must be positive, got ", threads); }
 
 }  // namespace sparsekern

@@ -1,45 +1,34 @@
-// The part of sparsekern._cpu that is on dense weights in panels: checks, casts the address, calls.
+// The part of sparsekern._cpu that is on dense weights in panels: checks, asks the tensors where they lie, calls.
 
-#include <new>
-
-#include "bind_cpu.h"
+#include "bind_linear.h"
 
 namespace sparsekern {
 namespace {
 
-void linear_dense_checked(const std::string& dtype, Address panels, int64_t panels_size, int64_t out_features,
-                          int64_t in_features, Address x, int64_t x_size, Address bias, int64_t bias_size, Address y,
-                          int64_t y_size, int64_t tokens, int threads, const std::string& isa) {
-  const DenseWeight weight = {dtype_of(dtype), reinterpret_cast<const void*>(panels), out_features, in_features};
+// The only operand is the panels.
+void linear_dense_checked(const py::tuple& operands, int64_t out_features, int64_t in_features, py::handle x,
+                          py::handle bias, py::handle y, int threads, const std::string& isa) {
   check_threads(threads);
   check_features(out_features, in_features);
-  const int64_t rows = (out_features + kPanelRows - 1) / kPanelRows * kPanelRows;
-  const int64_t inputs = (in_features + kBlockInputs - 1) / kBlockInputs * kBlockInputs;
+  check_operands(operands, 1);
+  const Memory panels("panels", operands[0]);
+  const DenseWeight weight = {dtype_of(operands[0]), panels.as<void>(), out_features, in_features};
+  const int64_t rows = panels_of(out_features) * kPanelRows, inputs = blocks_of(in_features) * kBlockInputs;
+  const int64_t size = panels.count(value_bytes(weight.dtype));
   int64_t needed;
-  check(!__builtin_mul_overflow(rows, inputs, &needed) && panels_size == needed,
-        "panels must hold " + std::to_string(rows) + " by " + std::to_string(inputs) + " elements, got " +
-            std::to_string(panels_size));
-  const LinearOperands operands = {x, x_size, bias, bias_size, y, y_size, tokens};
-  const bool anything = operands.check_sizes(out_features, in_features);
+  check(!__builtin_mul_overflow(rows, inputs, &needed) && size == needed, "panels must hold ", rows, " by ", inputs,
+        " elements, got ", size);
+  const LinearTensors tensors(x, bias, y, weight.dtype, out_features, in_features);
   const int set = find_set(kLinearDenseSets, isa);
-  if (!anything) return;
-  bool done;
-  {
-    py::gil_scoped_release release;
-    done = linear_dense(weight, reinterpret_cast<const void*>(x), reinterpret_cast<const void*>(bias),
-                        reinterpret_cast<void*>(y), tokens, set, threads);
-  }
-  if (!done) throw std::bad_alloc();
+  call_linear(tensors, [&](auto... call) { return linear_dense(weight, call..., set, threads); });
 }
 
 }  // namespace
 
 void bind_dense(py::module_& module) {
   module.def("linear_dense_sets", [] { return names_of(kLinearDenseSets); }, "Those this machine has, best first.");
-  module.def("linear_dense", linear_dense_checked, py::arg("dtype"), py::arg("panels"), py::arg("panels_size"),
-             py::arg("out_features"), py::arg("in_features"), py::arg("x"), py::arg("x_size"), py::arg("bias"),
-             py::arg("bias_size"), py::arg("y"), py::arg("y_size"), py::arg("tokens"), py::arg("threads"),
-             py::arg("isa") = "");
+  module.def("linear_dense", linear_dense_checked, py::arg("operands"), py::arg("out_features"), py::arg("in_features"),
+             py::arg("x"), py::arg("bias"), py::arg("y"), py::arg("threads"), py::arg("isa") = "");
 }
 
 }  // namespace sparsekern

@@ -69,19 +69,8 @@ def from_panels(operands: Panels, out_features: int, in_features: int) -> Bitmap
 
 
 def addresses(operands: Panels, out_features: int, in_features: int):
-    """The addresses and sizes of the operands, for the compiled module, which checks the sizes and the offsets."""
-    masks, values, panel_offsets = operands
-    return compiled.cpu().BitmapWeight(
-        str(values.dtype).removeprefix("torch."),
-        masks.data_ptr(),
-        masks.numel(),
-        values.data_ptr(),
-        values.numel(),
-        panel_offsets.data_ptr(),
-        panel_offsets.numel(),
-        out_features,
-        in_features,
-    )
+    """Where the operands lie: for the compiled module, which checks sizes and offsets, and keeps no tensor."""
+    return compiled.cpu().BitmapWeight(operands, out_features, in_features)
 
 
 def _to_panels_cpu(packed: Bitmap, isa: str = "") -> Panels:

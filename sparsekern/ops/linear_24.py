@@ -26,6 +26,7 @@ from sparsekern.formats import Bitmap, SemiStructured
 from sparsekern.ops import bitmap_rows, compiled, cusparselt, fragments_24, linear_bitmap, panels_24, wgmma_24
 from sparsekern.ops.bitmap_panels import from_panels, to_panels
 from sparsekern.ops.kernel import Kernel, never_refuses
+from sparsekern.ops.linear_call import CpuLinear
 
 _CUDA_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 # the most that the first CUDA kernel takes at once: kLinear24Tokens of csrc/cuda/ops.h
@@ -198,68 +199,27 @@ def cuda_refuses(packed: SemiStructured) -> str | None:
 def multiply(
     x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, y: Tensor, in_features: int, isa: str = ""
 ) -> None:
-    """Write y [tokens, out_features] with the compiled kernel of an instruction set ("" = the best this machine has).
+    """Write y [..., out_features] with the compiled kernel of an instruction set ("" = the best this machine has).
 
-    x     [tokens, in_features] bfloat16, contiguous
+    x     [..., in_features] bfloat16, contiguous
     bias  [out_features] contiguous, or None
     """
-    values, positions = operands
-    tokens, out_features = y.shape
-    compiled.cpu().linear_24(
-        values.data_ptr(),
-        values.numel(),
-        positions.data_ptr(),
-        positions.numel(),
-        out_features,
-        in_features,
-        x.data_ptr(),
-        x.numel(),
-        0 if bias is None else bias.data_ptr(),
-        0 if bias is None else bias.numel(),
-        y.data_ptr(),
-        y.numel(),
-        tokens,
-        torch.get_num_threads(),
-        isa,
-    )
+    compiled.cpu().linear_24(operands, y.shape[-1], in_features, x, bias, y, torch.get_num_threads(), isa)
 
 
-def _linear_24_cpu(
-    x: Tensor, values: Tensor, positions: Tensor, bias: Tensor | None, out_features: int, in_features: int
-) -> Tensor:
-    linear_bitmap.check_product(x, values, bias, in_features)
-    y = x.new_empty(*x.shape[:-1], out_features)
-    flat = x.reshape(x.shape[:-1].numel(), in_features).contiguous()
-    bias = None if bias is None else bias.contiguous()
-    multiply(flat, (values, positions), bias, y.view(len(flat), out_features), in_features)
-    return y
+def dense_cpu(operands: tuple[Tensor, ...], out_features: int, in_features: int) -> Tensor:
+    """The dense weight of what the CPU kernel reads."""
+    return panels_24.unchecked_inverse(operands, out_features, in_features).to_dense()
 
 
-def _backward_cpu(ctx, g: Tensor) -> tuple:
-    gx = g @ dense_cpu(ctx.saved_tensors, *ctx.sizes) if ctx.needs_input_grad[0] else None
-    gb = g.sum_to_size(g.shape[-1]) if ctx.needs_input_grad[3] else None
-    return gx, None, None, gb, None, None
-
-
-_LIBRARY.define(
-    "linear_24_cpu(Tensor x, Tensor values, Tensor positions, Tensor? bias, int out_features, int in_features) "
-    "-> Tensor"
-)
-_LIBRARY.impl("linear_24_cpu", _linear_24_cpu, "CPU")
-torch.library.register_fake("sparsekern::linear_24_cpu", _linear_24_fake, lib=_LIBRARY)
-torch.library.register_autograd("sparsekern::linear_24_cpu", _backward_cpu, setup_context=_keep, lib=_LIBRARY)
+_LINEAR_CPU = CpuLinear("linear_24_cpu", ("values", "positions"), "values", multiply, dense_cpu)
 
 
 def run_cpu(
     x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, out_features: int, in_features: int
 ) -> Tensor:
     """y [..., out_features] by the compiled kernels, from what panels_24 has made."""
-    return torch.ops.sparsekern.linear_24_cpu(x, *operands, bias, out_features, in_features)
-
-
-def dense_cpu(operands: tuple[Tensor, ...], out_features: int, in_features: int) -> Tensor:
-    """The dense weight of what the CPU kernel reads."""
-    return panels_24.unchecked_inverse(operands, out_features, in_features).to_dense()
+    return _LINEAR_CPU.run(x, operands, bias, out_features, in_features)
 
 
 def cpu_refuses(packed: SemiStructured) -> str | None:

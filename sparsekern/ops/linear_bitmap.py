@@ -16,7 +16,6 @@ packed weight has none.
 
 import functools
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,9 +23,10 @@ from torch.nn.functional import linear
 
 from sparsekern.formats import SemiStructured
 from sparsekern.formats.bitmap import Bitmap
-from sparsekern.ops import bitmap_rows, compiled, linear_bitmap_fragments
+from sparsekern.ops import bitmap_rows, compiled, linear_bitmap_fragments, linear_call
 from sparsekern.ops.bitmap_panels import PANEL_ROWS, addresses, from_panels, to_panels
 from sparsekern.ops.kernel import Kernel, never_refuses
+from sparsekern.ops.linear_call import check_product
 
 Packed = Bitmap | SemiStructured
 
@@ -41,6 +41,8 @@ _DENSE_TOKENS = {torch.bfloat16: 192, torch.float16: 2048, torch.float32: 2048}
 # expansion, not measured yet; None: never. Where the processor has none of them torch has no fast product either: with
 # oneDNN and ATen kept to AVX2 and to AVX-512 the sparse kernels were 3.6 and 2.7 times as fast at 256 tokens
 _BFLOAT16_DENSE_TOKENS = {"amx_bf16": 1024, "avx512_bf16": None}
+# fewer than any of these
+_FEWEST_DENSE_TOKENS = 192
 # the CUDA kernel decodes the weight once for four tokens; not measured yet
 _CUDA_DENSE_TOKENS = 32
 # a slice of the expanded weight stays in the cache until it is multiplied
@@ -58,39 +60,15 @@ def reference(x: Tensor, packed: Bitmap, bias: Tensor | None) -> Tensor:
     return linear(x, packed.to_dense(), bias)
 
 
-def check_product(x: Tensor, values: Tensor, bias: Tensor | None, in_features: int) -> None:
-    """Raises ValueError unless x and bias fit the values of a weight: shape, dtype, device."""
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(f"x must end with in_features = {in_features}, got shape {list(x.shape)}")
-    if x.dtype != values.dtype:
-        raise ValueError(f"x must have the weight's dtype {values.dtype}, got {x.dtype}")
-    if bias is not None and bias.dtype != values.dtype:
-        raise ValueError(f"bias must have the weight's dtype {values.dtype}, got {bias.dtype}")
-    if x.device != values.device:
-        raise ValueError(f"x must be on the weight's device {values.device}, got {x.device}")
-
-
 def sparse(
     x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, y: Tensor, in_features: int, isa: str = ""
 ) -> None:
-    """Write y [tokens, out_features] with the compiled kernel of an instruction set ("" = the best this machine has).
+    """Write y [..., out_features] with the compiled kernel of an instruction set ("" = the best this machine has).
 
-    x     [tokens, in_features] contiguous
+    x     [..., in_features] contiguous
     bias  [out_features] contiguous, or None
     """
-    tokens, out_features = y.shape
-    compiled.cpu().linear_bitmap(
-        addresses(operands, out_features, in_features),
-        x.data_ptr(),
-        x.numel(),
-        0 if bias is None else bias.data_ptr(),
-        0 if bias is None else bias.numel(),
-        y.data_ptr(),
-        y.numel(),
-        tokens,
-        torch.get_num_threads(),
-        isa,
-    )
+    compiled.cpu().linear_bitmap(operands, y.shape[-1], in_features, x, bias, y, torch.get_num_threads(), isa)
 
 
 def expand(operands: tuple[Tensor, ...], dense: Tensor, panels: range, out_features: int, isa: str = "") -> None:
@@ -105,7 +83,9 @@ def through_dense(
     x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, y: Tensor, in_features: int, isa: str = ""
 ) -> None:
     """What `sparse` does, by torch's linear on one slice of the expanded weight after the other."""
-    out_features = y.shape[1]
+    out_features = y.shape[-1]
+    y = y.view(y.shape[:-1].numel(), out_features)
+    x = x.view(len(y), in_features)
     panels = len(operands[2]) - 1
     step = max(1, _SLICE_BYTES // (PANEL_ROWS * in_features * x.itemsize or 1))
     scratch = x.new_empty(min(step * PANEL_ROWS, out_features), in_features)
@@ -127,96 +107,35 @@ def _dense_tokens(dtype: torch.dtype, isa: str) -> float:
     return _DENSE_TOKENS[dtype]
 
 
-def _linear_bitmap_cpu(
-    x: Tensor,
-    masks: Tensor,
-    values: Tensor,
-    panel_offsets: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    in_features: int,
-) -> Tensor:
-    check_product(x, values, bias, in_features)
-    flat = x.reshape(-1, in_features) if in_features else x.reshape(x.shape[:-1].numel(), 0)
-    flat = flat.contiguous()
-    # not a view: autograd lets nobody write to one that an op has returned
-    y = x.new_empty(*x.shape[:-1], out_features)
-    multiply = sparse if len(flat) < _dense_tokens(x.dtype, compiled.cpu().isa()) else through_dense
-    bias = None if bias is None else bias.contiguous()
-    multiply(flat, (masks, values, panel_offsets), bias, y.view(len(flat), out_features), in_features)
-    return y
+def _multiply(x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, y: Tensor, in_features: int) -> None:
+    few = x.numel() < _FEWEST_DENSE_TOKENS * in_features
+    if few or x.shape[:-1].numel() < _dense_tokens(x.dtype, compiled.cpu().isa()):
+        sparse(x, operands, bias, y, in_features)
+    else:
+        through_dense(x, operands, bias, y, in_features)
 
 
-def _linear_bitmap_fake(
-    x: Tensor,
-    masks: Tensor,
-    values: Tensor,
-    panel_offsets: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    in_features: int,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out_features)
-
-
-_LIBRARY = torch.library.Library("sparsekern", "FRAGMENT")
-_LIBRARY.define(
-    "linear_bitmap_cpu(Tensor x, Tensor masks, Tensor values, Tensor panel_offsets, Tensor? bias, int out_features, "
-    "int in_features) -> Tensor"
-)
-_LIBRARY.impl("linear_bitmap_cpu", _linear_bitmap_cpu, "CPU")
-torch.library.register_fake("sparsekern::linear_bitmap_cpu", _linear_bitmap_fake, lib=_LIBRARY)
-
-
-def _weight_cpu(masks: Tensor, values: Tensor, panel_offsets: Tensor, out_features: int, in_features: int) -> Tensor:
-    dense = values.new_empty(out_features, in_features)
-    expand((masks, values, panel_offsets), dense, range(len(panel_offsets) - 1), out_features)
+def _expanded(operands: tuple[Tensor, ...], out_features: int, in_features: int) -> Tensor:
+    dense = operands[1].new_empty(out_features, in_features)
+    expand(operands, dense, range(len(operands[2]) - 1), out_features)
     return dense
 
 
-def _weight_fake(masks: Tensor, values: Tensor, panel_offsets: Tensor, out_features: int, in_features: int) -> Tensor:
-    return values.new_empty(out_features, in_features)
-
-
-_LIBRARY.define(
-    "linear_bitmap_cpu_weight(Tensor masks, Tensor values, Tensor panel_offsets, int out_features, int in_features) "
-    "-> Tensor"
-)
-_LIBRARY.impl("linear_bitmap_cpu_weight", _weight_cpu, "CPU")
-torch.library.register_fake("sparsekern::linear_bitmap_cpu_weight", _weight_fake, lib=_LIBRARY)
+_OPERANDS = ("masks", "values", "panel_offsets")
+_WEIGHT = linear_call.weight_op("linear_bitmap_cpu_weight", _OPERANDS, "values", _expanded)
+_LINEAR = linear_call.CpuLinear("linear_bitmap_cpu", _OPERANDS, "values", _multiply, _WEIGHT)
 
 
 def dense_cpu(operands: tuple[Tensor, ...], out_features: int, in_features: int) -> Tensor:
     """The dense weight of what the CPU kernel reads."""
-    return torch.ops.sparsekern.linear_bitmap_cpu_weight(*operands, out_features, in_features)
-
-
-def _keep_cpu(ctx, inputs: tuple, output: Tensor) -> None:
-    _, *operands, _, out_features, in_features = inputs
-    ctx.save_for_backward(*operands)
-    ctx.sizes = out_features, in_features
-
-
-def _backward_cpu(ctx, g: Tensor) -> tuple:
-    gx, gb = _gradients(ctx, g, lambda: dense_cpu(ctx.saved_tensors, *ctx.sizes), bias=4)
-    return gx, None, None, None, gb, None, None
-
-
-def _gradients(ctx, g: Tensor, dense: Callable[[], Tensor], bias: int) -> tuple[Tensor | None, Tensor | None]:
-    """Those of x and of the bias, which is the op's input number `bias`; None where nobody asks for them."""
-    gx = g @ dense() if ctx.needs_input_grad[0] else None
-    gb = g.sum_to_size(g.shape[-1]) if ctx.needs_input_grad[bias] else None
-    return gx, gb
-
-
-torch.library.register_autograd("sparsekern::linear_bitmap_cpu", _backward_cpu, setup_context=_keep_cpu, lib=_LIBRARY)
+    return _WEIGHT(operands, out_features, in_features)
 
 
 def run_cpu(
     x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, out_features: int, in_features: int
 ) -> Tensor:
     """y [..., out_features] by the compiled kernels, from what to_panels has made."""
-    return torch.ops.sparsekern.linear_bitmap_cpu(x, *operands, bias, out_features, in_features)
+    return _LINEAR.run(x, operands, bias, out_features, in_features)
 
 
 def cpu_refuses(packed: Packed) -> str | None:
@@ -266,6 +185,7 @@ def _linear_bitmap_cuda_fake(
     return x.new_empty(*x.shape[:-1], row_offsets.shape[0] - 1)
 
 
+_LIBRARY = torch.library.Library("sparsekern", "FRAGMENT")
 _LIBRARY.define(
     "linear_bitmap_cuda(Tensor x, Tensor values, Tensor bitmap, Tensor row_offsets, Tensor? bias, int in_features) "
     "-> Tensor"
@@ -280,7 +200,8 @@ def _keep_cuda(ctx, inputs: tuple, output: Tensor) -> None:
 
 
 def _backward_cuda(ctx, g: Tensor) -> tuple:
-    gx, gb = _gradients(ctx, g, lambda: Bitmap(*ctx.saved_tensors, ctx.in_features).to_dense(), bias=4)
+    gx = g @ Bitmap(*ctx.saved_tensors, ctx.in_features).to_dense() if ctx.needs_input_grad[0] else None
+    gb = g.sum_to_size(g.shape[-1]) if ctx.needs_input_grad[4] else None
     return gx, None, None, None, gb, None
 
 

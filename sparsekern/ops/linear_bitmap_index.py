@@ -21,6 +21,7 @@ from torch.nn.functional import linear
 from sparsekern.formats.bitmap import Bitmap
 from sparsekern.ops import bitmap_rows, compiled
 from sparsekern.ops.kernel import Kernel
+from sparsekern.ops.linear_call import CpuLinear, weight_op
 
 PANEL_ROWS = 16
 WINDOW_INPUTS = 256
@@ -77,126 +78,31 @@ def _sizes(*tensors: Tensor) -> list[int]:
 
 
 def _addresses(operands: Operands, out_features: int, in_features: int):
-    """The addresses and sizes of the operands, for the compiled module, which checks the sizes and the offsets."""
-    return compiled.cpu().BitmapIndexWeight(*_sizes(*operands), out_features, in_features)
+    """Where the operands lie: for the compiled module, which checks sizes and offsets, and keeps no tensor."""
+    return compiled.cpu().BitmapIndexWeight(operands, out_features, in_features)
 
 
-def _check(x: Tensor, values: Tensor, bias: Tensor | None, in_features: int) -> None:
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(f"x must end with in_features = {in_features}, got shape {list(x.shape)}")
-    if x.dtype != values.dtype:
-        raise ValueError(f"x must have the weight's dtype {values.dtype}, got {x.dtype}")
-    if bias is not None and bias.dtype != values.dtype:
-        raise ValueError(f"bias must have the weight's dtype {values.dtype}, got {bias.dtype}")
-    if x.device != values.device:
-        raise ValueError(f"x must be on the weight's device {values.device}, got {x.device}")
+def _multiply(x: Tensor, operands: Operands, bias: Tensor | None, y: Tensor, in_features: int) -> None:
+    compiled.cpu().linear_bitmap_index(operands, y.shape[-1], in_features, x, bias, y, torch.get_num_threads())
 
 
-def _linear_cpu(
-    x: Tensor,
-    steps: Tensor,
-    masks: Tensor,
-    places: Tensor,
-    values: Tensor,
-    step_offsets: Tensor,
-    value_offsets: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    in_features: int,
-) -> Tensor:
-    _check(x, values, bias, in_features)
-    operands = steps, masks, places, values, step_offsets, value_offsets
-    weight = _addresses(operands, out_features, in_features)
-    # not a view: autograd lets nobody write to one that an op has returned
-    x, y = x.contiguous(), x.new_empty(*x.shape[:-1], out_features)
-    bias_sizes = (0, 0) if bias is None else _sizes(bias := bias.contiguous())
-    tokens = x.shape[:-1].numel()
-    compiled.cpu().linear_bitmap_index(weight, *_sizes(x), *bias_sizes, *_sizes(y), tokens, torch.get_num_threads())
-    return y
-
-
-def _linear_fake(
-    x: Tensor,
-    steps: Tensor,
-    masks: Tensor,
-    places: Tensor,
-    values: Tensor,
-    step_offsets: Tensor,
-    value_offsets: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    in_features: int,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out_features)
-
-
-_LIBRARY = torch.library.Library("sparsekern", "FRAGMENT")
-_LIBRARY.define(
-    "linear_bitmap_index_cpu(Tensor x, Tensor steps, Tensor masks, Tensor places, Tensor values, Tensor step_offsets, "
-    "Tensor value_offsets, Tensor? bias, int out_features, int in_features) -> Tensor"
-)
-_LIBRARY.impl("linear_bitmap_index_cpu", _linear_cpu, "CPU")
-torch.library.register_fake("sparsekern::linear_bitmap_index_cpu", _linear_fake, lib=_LIBRARY)
-
-
-def _weight_cpu(
-    steps: Tensor,
-    masks: Tensor,
-    places: Tensor,
-    values: Tensor,
-    step_offsets: Tensor,
-    value_offsets: Tensor,
-    out_features: int,
-    in_features: int,
-) -> Tensor:
-    operands = steps, masks, places, values, step_offsets, value_offsets
+def _expanded(operands: Operands, out_features: int, in_features: int) -> Tensor:
     return bitmap_rows.to_dense(from_index(operands, out_features, in_features))
 
 
-def _weight_fake(
-    steps: Tensor,
-    masks: Tensor,
-    places: Tensor,
-    values: Tensor,
-    step_offsets: Tensor,
-    value_offsets: Tensor,
-    out_features: int,
-    in_features: int,
-) -> Tensor:
-    return values.new_empty(out_features, in_features)
-
-
-_LIBRARY.define(
-    "linear_bitmap_index_cpu_weight(Tensor steps, Tensor masks, Tensor places, Tensor values, Tensor step_offsets, "
-    "Tensor value_offsets, int out_features, int in_features) -> Tensor"
-)
-_LIBRARY.impl("linear_bitmap_index_cpu_weight", _weight_cpu, "CPU")
-torch.library.register_fake("sparsekern::linear_bitmap_index_cpu_weight", _weight_fake, lib=_LIBRARY)
+_OPERANDS = ("steps", "masks", "places", "values", "step_offsets", "value_offsets")
+_WEIGHT = weight_op("linear_bitmap_index_cpu_weight", _OPERANDS, "values", _expanded)
+_LINEAR = CpuLinear("linear_bitmap_index_cpu", _OPERANDS, "values", _multiply, _WEIGHT)
 
 
 def dense(operands: Operands, out_features: int, in_features: int) -> Tensor:
     """The dense weight of what the kernel reads."""
-    return torch.ops.sparsekern.linear_bitmap_index_cpu_weight(*operands, out_features, in_features)
-
-
-def _keep(ctx, inputs: tuple, output: Tensor) -> None:
-    _, *operands, _, out_features, in_features = inputs
-    ctx.save_for_backward(*operands)
-    ctx.sizes = out_features, in_features
-
-
-def _backward(ctx, g: Tensor) -> tuple:
-    gx = g @ dense(ctx.saved_tensors, *ctx.sizes) if ctx.needs_input_grad[0] else None
-    gb = g.sum_to_size(g.shape[-1]) if ctx.needs_input_grad[7] else None
-    return gx, None, None, None, None, None, None, gb, None, None
-
-
-torch.library.register_autograd("sparsekern::linear_bitmap_index_cpu", _backward, setup_context=_keep, lib=_LIBRARY)
+    return _WEIGHT(operands, out_features, in_features)
 
 
 def run(x: Tensor, operands: Operands, bias: Tensor | None, out_features: int, in_features: int) -> Tensor:
     """y [..., out_features] by the compiled kernel, from what to_index has made."""
-    return torch.ops.sparsekern.linear_bitmap_index_cpu(x, *operands, bias, out_features, in_features)
+    return _LINEAR.run(x, operands, bias, out_features, in_features)
 
 
 def refuses(packed: Bitmap) -> str | None:

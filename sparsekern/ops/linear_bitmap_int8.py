@@ -25,6 +25,7 @@ from torch.nn.functional import linear, pad
 from sparsekern.formats.bitmap_int8 import BitmapInt8
 from sparsekern.ops import compiled
 from sparsekern.ops.kernel import Kernel, never_refuses
+from sparsekern.ops.linear_call import CpuLinear, check_product, weight_op
 
 PANEL_ROWS = 16
 BLOCK_INPUTS = 64
@@ -91,47 +92,17 @@ def from_panels(operands: Operands, out_features: int, in_features: int, isa: st
 
 
 def _addresses(operands: Operands, out_features: int, in_features: int):
-    """The addresses and sizes of the operands, for the compiled module, which checks the sizes and the offsets."""
-    masks, values, panel_offsets, scales, kind = operands
-    group_size = kind.shape[1]
-    if not 0 < group_size < in_features:
-        # one group, which may end after the last input
-        group_size = max(-(-in_features // BLOCK_INPUTS), 1) * BLOCK_INPUTS
-    return compiled.cpu().BitmapInt8Weight(
-        str(kind.dtype).removeprefix("torch."),
-        masks.data_ptr(),
-        masks.numel(),
-        values.data_ptr(),
-        values.numel(),
-        panel_offsets.data_ptr(),
-        panel_offsets.numel(),
-        scales.data_ptr(),
-        scales.numel(),
-        group_size,
-        out_features,
-        in_features,
-    )
+    """Where the operands lie: for the compiled module, which checks sizes and offsets, and keeps no tensor."""
+    return compiled.cpu().BitmapInt8Weight(operands, out_features, in_features)
 
 
 def sparse(x: Tensor, operands: Operands, bias: Tensor | None, y: Tensor, in_features: int, isa: str = "") -> None:
-    """Write y [tokens, out_features] with the compiled kernel of an instruction set ("" = the best this machine has).
+    """Write y [..., out_features] with the compiled kernel of an instruction set ("" = the best this machine has).
 
-    x     [tokens, in_features] contiguous
+    x     [..., in_features] contiguous
     bias  [out_features] contiguous, or None
     """
-    tokens, out_features = y.shape
-    compiled.cpu().linear_bitmap_int8(
-        _addresses(operands, out_features, in_features),
-        x.data_ptr(),
-        x.numel(),
-        0 if bias is None else bias.data_ptr(),
-        0 if bias is None else bias.numel(),
-        y.data_ptr(),
-        y.numel(),
-        tokens,
-        torch.get_num_threads(),
-        isa,
-    )
+    compiled.cpu().linear_bitmap_int8(operands, y.shape[-1], in_features, x, bias, y, torch.get_num_threads(), isa)
 
 
 def expand(operands: Operands, dense: Tensor, panels: range, out_features: int, isa: str = "") -> None:
@@ -147,113 +118,25 @@ def expand(operands: Operands, dense: Tensor, panels: range, out_features: int, 
     )
 
 
-def _check(x: Tensor, dtype: torch.dtype, device: torch.device, bias: Tensor | None, in_features: int) -> None:
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(f"x must end with in_features = {in_features}, got shape {list(x.shape)}")
-    if x.dtype != dtype:
-        raise ValueError(f"x must have the weight's dtype {dtype}, got {x.dtype}")
-    if bias is not None and bias.dtype != dtype:
-        raise ValueError(f"bias must have the weight's dtype {dtype}, got {bias.dtype}")
-    if x.device != device:
-        raise ValueError(f"x must be on the weight's device {device}, got {x.device}")
-
-
-def _linear_cpu(
-    x: Tensor,
-    masks: Tensor,
-    values: Tensor,
-    panel_offsets: Tensor,
-    scales: Tensor,
-    kind: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    in_features: int,
-) -> Tensor:
-    _check(x, kind.dtype, kind.device, bias, in_features)
-    flat = x.reshape(-1, in_features) if in_features else x.reshape(x.shape[:-1].numel(), 0)
-    # not a view: autograd lets nobody write to one that an op has returned
-    y = x.new_empty(*x.shape[:-1], out_features)
-    bias = None if bias is None else bias.contiguous()
-    operands = masks, values, panel_offsets, scales, kind
-    sparse(flat.contiguous(), operands, bias, y.view(len(flat), out_features), in_features)
-    return y
-
-
-def _linear_fake(
-    x: Tensor,
-    masks: Tensor,
-    values: Tensor,
-    panel_offsets: Tensor,
-    scales: Tensor,
-    kind: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    in_features: int,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out_features)
-
-
-def _weight_cpu(
-    masks: Tensor,
-    values: Tensor,
-    panel_offsets: Tensor,
-    scales: Tensor,
-    kind: Tensor,
-    out_features: int,
-    in_features: int,
-) -> Tensor:
-    dense = kind.new_empty(out_features, in_features)
-    expand((masks, values, panel_offsets, scales, kind), dense, range(len(panel_offsets) - 1), out_features)
+def _expanded(operands: Operands, out_features: int, in_features: int) -> Tensor:
+    dense = operands[4].new_empty(out_features, in_features)
+    expand(operands, dense, range(len(operands[2]) - 1), out_features)
     return dense
 
 
-def _weight_fake(
-    masks: Tensor,
-    values: Tensor,
-    panel_offsets: Tensor,
-    scales: Tensor,
-    kind: Tensor,
-    out_features: int,
-    in_features: int,
-) -> Tensor:
-    return kind.new_empty(out_features, in_features)
-
-
-_LIBRARY = torch.library.Library("sparsekern", "FRAGMENT")
-_OPERANDS = "Tensor masks, Tensor values, Tensor panel_offsets, Tensor scales, Tensor kind"
-_LIBRARY.define(
-    f"linear_bitmap_int8_cpu(Tensor x, {_OPERANDS}, Tensor? bias, int out_features, int in_features) -> Tensor"
-)
-_LIBRARY.impl("linear_bitmap_int8_cpu", _linear_cpu, "CPU")
-torch.library.register_fake("sparsekern::linear_bitmap_int8_cpu", _linear_fake, lib=_LIBRARY)
-_LIBRARY.define(f"linear_bitmap_int8_cpu_weight({_OPERANDS}, int out_features, int in_features) -> Tensor")
-_LIBRARY.impl("linear_bitmap_int8_cpu_weight", _weight_cpu, "CPU")
-torch.library.register_fake("sparsekern::linear_bitmap_int8_cpu_weight", _weight_fake, lib=_LIBRARY)
+_OPERANDS = ("masks", "values", "panel_offsets", "scales", "kind")
+_WEIGHT = weight_op("linear_bitmap_int8_cpu_weight", _OPERANDS, "kind", _expanded)
+_LINEAR = CpuLinear("linear_bitmap_int8_cpu", _OPERANDS, "kind", sparse, _WEIGHT)
 
 
 def dense_cpu(operands: Operands, out_features: int, in_features: int) -> Tensor:
     """The dense weight of what the CPU kernel reads: the integers times their scales, rounded to the dtype of x."""
-    return torch.ops.sparsekern.linear_bitmap_int8_cpu_weight(*operands, out_features, in_features)
-
-
-def _keep(ctx, inputs: tuple, output: Tensor) -> None:
-    _, *operands, _, out_features, in_features = inputs
-    ctx.save_for_backward(*operands)
-    ctx.sizes = out_features, in_features
-
-
-def _backward(ctx, g: Tensor) -> tuple:
-    gx = g @ dense_cpu(ctx.saved_tensors, *ctx.sizes) if ctx.needs_input_grad[0] else None
-    gb = g.sum_to_size(g.shape[-1]) if ctx.needs_input_grad[6] else None
-    return gx, None, None, None, None, None, gb, None, None
-
-
-torch.library.register_autograd("sparsekern::linear_bitmap_int8_cpu", _backward, setup_context=_keep, lib=_LIBRARY)
+    return _WEIGHT(operands, out_features, in_features)
 
 
 def run_cpu(x: Tensor, operands: Operands, bias: Tensor | None, out_features: int, in_features: int) -> Tensor:
     """y [..., out_features] by the compiled kernels, from what to_panels has made."""
-    return torch.ops.sparsekern.linear_bitmap_int8_cpu(x, *operands, bias, out_features, in_features)
+    return _LINEAR.run(x, operands, bias, out_features, in_features)
 
 
 def cpu_refuses(packed: BitmapInt8) -> str | None:
@@ -281,7 +164,7 @@ def _from_saved(operands: Operands, out_features: int, in_features: int) -> Bitm
 
 def _run_reference(x: Tensor, operands: Operands, bias: Tensor | None, out_features: int, in_features: int) -> Tensor:
     packed = _from_saved(operands, out_features, in_features)
-    _check(x, packed.dtype, packed.device, bias, in_features)
+    check_product(x, operands[4], bias, in_features)
     return reference(x, packed, bias)
 
 

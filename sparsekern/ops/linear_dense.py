@@ -17,7 +17,7 @@ from sparsekern.formats.dense import DTYPES, Dense
 from sparsekern.ops import compiled
 from sparsekern.ops.bitmap_panels import BLOCK_INPUTS, PANEL_ROWS
 from sparsekern.ops.kernel import Kernel, never_refuses
-from sparsekern.ops.linear_bitmap import check_product
+from sparsekern.ops.linear_call import CpuLinear
 
 _PAIRS = {torch.bfloat16: torch.int32, torch.float16: torch.int32, torch.float32: torch.int64}
 
@@ -60,64 +60,27 @@ def from_panels(operands: tuple[Tensor], out_features: int, in_features: int) ->
 
 
 def multiply(x: Tensor, panels: Tensor, bias: Tensor | None, y: Tensor, in_features: int, isa: str = "") -> None:
-    """Write y [tokens, out_features] with the compiled kernel of an instruction set ("" = the best this machine has).
+    """Write y [..., out_features] with the compiled kernel of an instruction set ("" = the best this machine has).
 
-    x     [tokens, in_features] contiguous
+    x     [..., in_features] contiguous
     bias  [out_features] contiguous, or None
     """
-    tokens, out_features = y.shape
-    compiled.cpu().linear_dense(
-        str(x.dtype).removeprefix("torch."),
-        panels.data_ptr(),
-        panels.numel(),
-        out_features,
-        in_features,
-        x.data_ptr(),
-        x.numel(),
-        0 if bias is None else bias.data_ptr(),
-        0 if bias is None else bias.numel(),
-        y.data_ptr(),
-        y.numel(),
-        tokens,
-        torch.get_num_threads(),
-        isa,
-    )
+    compiled.cpu().linear_dense((panels,), y.shape[-1], in_features, x, bias, y, torch.get_num_threads(), isa)
 
 
-def _linear_dense_cpu(x: Tensor, panels: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> Tensor:
-    check_product(x, panels, bias, in_features)
-    y = x.new_empty(*x.shape[:-1], out_features)
-    flat = x.reshape(x.shape[:-1].numel(), in_features).contiguous()
-    bias = None if bias is None else bias.contiguous()
-    multiply(flat, panels.contiguous(), bias, y.view(len(flat), out_features), in_features)
-    return y
+def _multiply(x: Tensor, operands: tuple[Tensor], bias: Tensor | None, y: Tensor, in_features: int) -> None:
+    multiply(x, operands[0].contiguous(), bias, y, in_features)
 
 
-def _linear_dense_fake(x: Tensor, panels: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out_features)
+def _dense_cpu(operands: tuple[Tensor], out_features: int, in_features: int) -> Tensor:
+    return from_panels(operands, out_features, in_features).weight
 
 
-def _keep(ctx, inputs: tuple, output: Tensor) -> None:
-    _, panels, _, out_features, in_features = inputs
-    ctx.save_for_backward(panels)
-    ctx.sizes = out_features, in_features
-
-
-def _backward(ctx, g: Tensor) -> tuple:
-    gx = g @ from_panels(ctx.saved_tensors, *ctx.sizes).weight if ctx.needs_input_grad[0] else None
-    gb = g.sum_to_size(g.shape[-1]) if ctx.needs_input_grad[2] else None
-    return gx, None, gb, None, None
-
-
-_LIBRARY = torch.library.Library("sparsekern", "FRAGMENT")
-_LIBRARY.define("linear_dense_cpu(Tensor x, Tensor panels, Tensor? bias, int out_features, int in_features) -> Tensor")
-_LIBRARY.impl("linear_dense_cpu", _linear_dense_cpu, "CPU")
-torch.library.register_fake("sparsekern::linear_dense_cpu", _linear_dense_fake, lib=_LIBRARY)
-torch.library.register_autograd("sparsekern::linear_dense_cpu", _backward, setup_context=_keep, lib=_LIBRARY)
+_LINEAR = CpuLinear("linear_dense_cpu", ("panels",), "panels", _multiply, _dense_cpu)
 
 
 def _run_cpu(x: Tensor, operands: tuple[Tensor], bias: Tensor | None, out_features: int, in_features: int) -> Tensor:
-    return torch.ops.sparsekern.linear_dense_cpu(x, *operands, bias, out_features, in_features)
+    return _LINEAR.run(x, operands, bias, out_features, in_features)
 
 
 def _cpu_refuses(packed: Dense) -> str | None:
@@ -126,10 +89,6 @@ def _cpu_refuses(packed: Dense) -> str | None:
     if packed.dtype not in DTYPES:
         return f"the weight must be bfloat16, float16 or float32, got {packed.dtype}"
     return compiled.why_not("cpu")
-
-
-def _dense_cpu(operands: tuple[Tensor], out_features: int, in_features: int) -> Tensor:
-    return from_panels(operands, out_features, in_features).weight
 
 
 def _as_saved(packed: Dense) -> tuple[Tensor]:

@@ -1,0 +1,276 @@
+"""linear_call: the short way past the dispatcher gives its bits, and gives way to it where it would do more."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparsekern.formats import Bitmap, BitmapInt8, Dense, SemiStructured
+from sparsekern.ops import (
+    compiled,
+    linear_24,
+    linear_bitmap,
+    linear_bitmap_index,
+    linear_bitmap_int8,
+    linear_call,
+    linear_dense,
+)
+from tests.forked import outcomes
+
+OUT, IN = 37, 72
+WHY_NOT = compiled.why_not("cpu")
+FORMATS = {
+    "linear_24": SemiStructured,
+    "linear_bitmap": Bitmap,
+    "linear_bitmap_index": Bitmap,
+    "linear_bitmap_int8": BitmapInt8,
+    "linear_dense": Dense,
+}
+MODULES = {
+    "linear_24": linear_24,
+    "linear_bitmap": linear_bitmap,
+    "linear_bitmap_index": linear_bitmap_index,
+    "linear_bitmap_int8": linear_bitmap_int8,
+    "linear_dense": linear_dense,
+}
+
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"sparsekern._cpu: {WHY_NOT}")
+
+
+class Problem:
+    """One op, its CPU kernel, a weight of which at most two of four and few of all are kept."""
+
+    def __init__(self, name, monkeypatch):
+        torch.manual_seed(0)
+        self.kernel = MODULES[name].KERNELS[0]
+        weight = torch.randn(OUT, IN).bfloat16()
+        weight[:, 1::4], weight[:, 2::4], weight[torch.rand(OUT, IN) < 0.7] = 0, 0, 0
+        packed = FORMATS[name].pack(weight) if name != "linear_dense" else Dense(weight)
+        if reason := self.kernel.refuses(packed):
+            pytest.skip(f"{name}: {reason}")
+        self.operands = self.kernel.prepare(packed)
+        self.dense = self.kernel.dense(self.operands, OUT, IN)
+        self.x, self.bias = torch.randn(3, IN).bfloat16(), torch.randn(OUT).bfloat16()
+        (self.op,) = (value for value in vars(MODULES[name]).values() if isinstance(value, linear_call.CpuLinear))
+        self.asked, dispatch = 0, self.op._op
+
+        def counted(*arguments):
+            self.asked += 1
+            return dispatch(*arguments)
+
+        monkeypatch.setattr(self.op, "_op", counted)
+        self.dispatch = dispatch
+
+    def run(self, x=None, operands=None, bias=None):
+        x = self.x if x is None else x
+        return self.kernel.run(x, operands or self.operands, self.bias if bias is None else bias, OUT, IN)
+
+
+@pytest.fixture(params=FORMATS)
+def problem(request, monkeypatch):
+    return Problem(request.param, monkeypatch)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("leading", [(), (1,), (0,), (2, 3)], ids=str)
+def test_a_plain_call_goes_past_the_dispatcher_and_has_its_bits(problem, mode, leading):
+    x = torch.randn(*leading, IN).bfloat16()
+    with mode():
+        y = problem.run(x)
+        assert problem.asked == 0
+        assert torch.equal(y, problem.dispatch(x, *problem.operands, problem.bias, OUT, IN))
+        assert y.shape == (*leading, OUT)
+        assert y.is_inference() == (mode is torch.inference_mode)
+        assert y._base is None
+        assert not y.requires_grad
+
+
+def test_tensors_made_inside_and_outside_of_inference_mode_go_together(problem):
+    with torch.inference_mode():
+        inside = problem.x.clone()
+        assert torch.equal(problem.run(), problem.run(inside))
+    assert not problem.run(inside).is_inference()
+    assert problem.asked == 0
+
+
+def test_autocast_changes_nothing(problem):
+    with torch.autocast("cpu", torch.bfloat16):
+        y = problem.run()
+    assert problem.asked == 0
+    assert torch.equal(y, problem.run())
+
+
+@pytest.mark.parametrize("who", ["x", "bias", "both"])
+def test_a_wanted_gradient_is_left_to_the_dispatcher(problem, who):
+    x, bias = problem.x.clone(), problem.bias.clone()
+    x.requires_grad_(who != "bias")
+    bias.requires_grad_(who != "x")
+    wanted = [tensor for tensor in (x, bias) if tensor.requires_grad]
+    with torch.no_grad():
+        problem.run(x, bias=bias)
+        assert problem.asked == 0
+    g = torch.randn(3, OUT).bfloat16()
+    got = torch.autograd.grad(problem.run(x, bias=bias), wanted, g)
+    assert problem.asked == 1
+    torch.testing.assert_close(got, torch.autograd.grad(linear(x, problem.dense, bias), wanted, g))
+
+
+class Seen(TorchDispatchMode):
+    """The names of the ops that pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_see_the_op(problem):
+    name = str(problem.dispatch)
+    with Seen() as seen:
+        y = problem.run()
+    assert name in seen.names
+    assert torch.equal(y, problem.run())
+    with FakeTensorMode() as mode:
+        x, bias, *operands = map(mode.from_tensor, (problem.x, problem.bias, *problem.operands))
+        fake = problem.run(x, tuple(operands), bias)
+    assert fake.shape == (3, OUT)
+    graph = make_fx(lambda x: problem.run(x))(problem.x)
+    assert any(node.target is problem.dispatch for node in graph.graph.nodes)
+    with torch.profiler.profile() as profile:
+        problem.run()
+    assert name.removesuffix(".default").replace(".", "::") in {event.name for event in profile.events()}
+    assert problem.asked == 4
+
+
+def test_tracing_records_the_op_and_not_its_result(problem):
+    traced = torch.jit.trace(lambda x: problem.run(x), problem.x, check_trace=False)
+    other = torch.randn(3, IN).bfloat16()
+    assert torch.equal(traced(other), problem.run(other))
+
+
+def test_functorch_is_not_bypassed(problem):
+    x = torch.randn(2, 3, IN).bfloat16()
+    assert torch.equal(torch.vmap(problem.run)(x), problem.run(x))
+    assert problem.asked == 1
+    # a bias of each, the same x
+    biases = torch.randn(2, OUT).bfloat16()
+    y = torch.vmap(lambda bias: problem.run(x[0], bias=bias))(biases)
+    assert torch.equal(y, torch.stack([problem.run(x[0], bias=bias) for bias in biases]))
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda x: problem.run(x).sum())(x)
+
+
+def test_compile_and_export_see_the_op(problem):
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            return problem.kernel.run(x, problem.operands, problem.bias, OUT, IN).relu()
+
+    # the module's own, which counts nothing, so that there is one graph
+    problem.op._op = problem.dispatch
+    compiled_layer = torch.compile(Layer(), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled_layer(problem.x), problem.run().relu())
+    for strict in (True, False):
+        program = torch.export.export(Layer(), (problem.x,), strict=strict)
+        assert problem.dispatch in {node.target for node in program.graph.nodes}
+
+
+class Labelled(torch.Tensor):
+    """A subclass that torch's functions keep."""
+
+
+def test_a_subclass_is_kept(problem):
+    assert type(problem.run(problem.x.as_subclass(Labelled))) is Labelled
+    assert problem.asked == 1
+
+
+def negative_view(tensor):
+    """`tensor`, as a view of its negative that torch negates when it is read."""
+    return torch._neg_view(-tensor)
+
+
+@pytest.mark.parametrize("who", ["x", "bias"])
+def test_a_negative_view_is_read_as_what_it_means(problem, who):
+    y = problem.run(**{who: negative_view(getattr(problem, who))})
+    assert torch.equal(y, problem.run())
+    assert problem.asked == 1
+
+
+def test_operands_on_another_device_are_refused(problem):
+    on_meta = tuple(operand.to("meta") for operand in problem.operands)
+    with pytest.raises(ValueError, match="must be contiguous and on the CPU"):
+        problem.op._multiply(problem.x, on_meta, None, torch.empty(3, OUT).bfloat16(), IN)
+    with pytest.raises(ValueError, match="x must be on the weight's device meta, got cpu"):
+        problem.run(operands=on_meta)
+
+
+def test_operands_with_less_memory_than_elements_are_refused(problem):
+    """An expanded tensor has as many elements as the one that it stands for, and one of them in memory."""
+    for place, operand in enumerate(problem.operands):
+        if operand.numel() < 2:
+            continue
+        short = operand.flatten()[:1].expand(operand.numel()).view(operand.shape)
+        operands = (*problem.operands[:place], short, *problem.operands[place + 1 :])
+        if len(operands) == 1:
+            # dense panels are made contiguous
+            assert problem.run(operands=operands).shape == (3, OUT)
+            continue
+        with pytest.raises(ValueError, match="must be contiguous and on the CPU"):
+            problem.run(operands=operands)
+
+
+def test_operands_of_a_narrower_type_are_refused(problem):
+    """Their elements are as many, their bytes are not."""
+    for place, operand in enumerate(problem.operands):
+        if operand.itemsize == 1 or operand.numel() == 0:
+            continue
+        operands = (*problem.operands[:place], operand.to(torch.int8), *problem.operands[place + 1 :])
+        with pytest.raises(ValueError, match="must|dtype"):
+            problem.run(operands=operands)
+
+
+def test_an_operand_that_shrinks_after_its_first_use_is_refused(problem):
+    problem.run()
+    operand = max(problem.operands, key=lambda tensor: tensor.nbytes)
+    operand.set_(operand.flatten()[: operand.numel() // 2].clone())
+    with pytest.raises(ValueError, match="must"):
+        problem.run()
+
+
+def test_a_weight_with_too_few_operands_is_refused(problem):
+    with pytest.raises((ValueError, IndexError), match="operands|range"):
+        problem.op._multiply(problem.x, problem.operands[:-1], None, torch.empty(3, OUT).bfloat16(), IN)
+
+
+def test_errors_are_the_same_on_both_ways(problem):
+    def words(call, *arguments):
+        with pytest.raises(ValueError, match="must") as caught:
+            call(*arguments)
+        return str(caught.value)
+
+    x, bias = problem.x, problem.bias
+    for wrong_x, wrong_bias in ((x[:, 1:], bias), (x.double(), bias), (x, bias.double()), (x, bias[1:])):
+        short = words(problem.kernel.run, wrong_x, problem.operands, wrong_bias, OUT, IN)
+        assert short == words(problem.dispatch, wrong_x, *problem.operands, wrong_bias, OUT, IN)
+
+
+def test_python_threads_do_not_disturb_each_other(problem):
+    many = torch.randn(20, IN).bfloat16()
+    wanted = {tokens: problem.run(many[:tokens]) for tokens in (1, 3, 20)}
+
+    def agrees(tokens):
+        return all(torch.equal(problem.run(many[:tokens]), wanted[tokens]) for _ in range(100))
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(agrees, wanted))
+
+
+def test_a_forked_child_goes_on(problem):
+    expected = problem.run()
+    assert outcomes([0], lambda _: str(torch.equal(problem.run(), expected))) == {0: "True"}
