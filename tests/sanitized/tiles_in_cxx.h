@@ -40,6 +40,11 @@ inline void configure_tiles(const TileConfig& config) {
     tiles_expect(rows <= kTileRows && bytes <= kTileRowBytes, "a tile too large");
     tiles_expect((rows == 0) == (bytes == 0), "rows without bytes, or bytes without rows");
   }
+  // a processor would not mind; but it saves and restores the tiles of a thread until they are released
+  if (tiles().config.palette != 0 && config.palette != 0) {
+    std::fprintf(stderr, "tiles are configured that were not released after their last use\n");
+    std::abort();
+  }
   tiles().config = config;
   std::memset(tiles().data, 0, sizeof tiles().data);
 }
