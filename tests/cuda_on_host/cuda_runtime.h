@@ -268,6 +268,7 @@ template <typename T>
 T atomicExch(T* at, std::common_type_t<T> value) {
   const T old = *at;
   *at = value;
+  on_host::block->told = true;
   return old;
 }
 template <typename T>

@@ -1,8 +1,12 @@
-// A grid on one thread of the CPU: the threads of a block are fibers, the blocks follow one another.
+// A grid on one thread of the CPU: the threads of a block are fibers.
 //
 // A fiber runs until it meets others: its warp at a shuffle, a ballot, ldmatrix or mma, its block at a barrier. Who goes
 // first is an argument, so that what leans on one order shows in another. Whoever does not come, or comes elsewhere, is
-// told and ends the program. Blocks run one after the other: one that waited for another would wait for ever.
+// told and ends the program.
+//
+// In order, blocks follow one another. Shuffled, as many as a multiprocessor takes run at once, and one of them may be held
+// up for long just after an atomic, which is how it tells others something: what not all of its threads have written by
+// then is read as it was. A block that waited for one that has not begun would wait for ever.
 #pragma once
 
 #include <sys/mman.h>
@@ -75,7 +79,14 @@ struct Barrier {
 };
 
 struct Block {
+  dim3 index;
   std::vector<Thread> threads;
+  unsigned left = 0;  // threads that have not ended
+  // a sweep gives each thread a turn
+  std::vector<unsigned> turns;  // the threads in this order
+  size_t next_turn = 0;
+  bool anyone = false;  // has gone on in this sweep
+  bool told = false;    // other blocks something, in this turn
   std::vector<Warp> warps;
   std::map<int, Barrier> barriers;
   std::unique_ptr<unsigned char[]> shared;
@@ -215,23 +226,26 @@ inline std::vector<unsigned> in_order(unsigned count) {
   return numbers;
 }
 
-inline char* stack_of(size_t number) {
-  static std::vector<char*> stacks;
-  while (stacks.size() <= number) {
+inline std::vector<char*> free_stacks;
+
+inline char* take_stack() {
+  if (free_stacks.empty()) {
     void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (stack == MAP_FAILED) fail("no memory for a stack");
-    stacks.push_back(static_cast<char*>(stack));
+    free_stacks.push_back(static_cast<char*>(stack));
   }
+  char* stack = free_stacks.back();
+  free_stacks.pop_back();
 #ifdef __SANITIZE_ADDRESS__
   // what an earlier thread left there
-  __asan_unpoison_memory_region(stacks[number], kStackBytes);
+  __asan_unpoison_memory_region(stack, kStackBytes);
 #endif
-  return stacks[number];
+  return stack;
 }
 
 inline void begin(Thread& thread, unsigned number) {
   thread.number = number;
-  thread.stack = stack_of(number);
+  thread.stack = take_stack();
   thread.copies.resize(1);
   getcontext(&thread.context);
   thread.context.uc_stack.ss_sp = thread.stack;
@@ -240,55 +254,106 @@ inline void begin(Thread& thread, unsigned number) {
   makecontext(&thread.context, enter, 0);
 }
 
-inline void run_block(unsigned threads, size_t shared_bytes, const std::function<void()>& body) {
-  Block here;
-  here.threads = std::vector<Thread>(threads);
-  here.warps.resize((threads + 31) / 32);
+inline std::unique_ptr<Block> begin_block(dim3 index, unsigned threads, size_t shared_bytes,
+                                          const std::function<void()>& body) {
+  auto made = std::make_unique<Block>();
+  made->index = index;
+  made->threads = std::vector<Thread>(threads);
+  made->warps.resize((threads + 31) / 32);
   // exactly as much as was asked for, so that the sanitizer sees one byte more; all ones is NaN in every type
-  here.shared.reset(new unsigned char[shared_bytes]);
-  std::memset(here.shared.get(), 0xff, shared_bytes);
-  here.shared_bytes = shared_bytes;
-  here.body = body;
-  block = &here;
-  for (unsigned i = 0; i < threads; ++i) begin(here.threads[i], i);
-  std::vector<unsigned> numbers = in_order(threads);
-  for (unsigned left = threads; left > 0;) {
-    put_in_order(numbers);
-    bool anyone = false;
-    // shuffled, the warps keep step; in order, one goes as far as it can before the next begins: to the block's barrier
-    const unsigned together = order == Order::kShuffled ? threads : warpSize;
-    for (unsigned first = 0; first < threads; first += together) {
-      for (bool again = true; again;) {
-        again = false;
-        for (unsigned i = first; i < std::min(first + together, threads); ++i) {
-          Thread& thread = here.threads[numbers[i]];
-          if (thread.done || thread.waits_at) continue;
-          anyone = true;
-          again = order != Order::kShuffled;
-          switch_to(thread);
-          left -= thread.done;
-        }
+  made->shared.reset(new unsigned char[shared_bytes]);
+  std::memset(made->shared.get(), 0xff, shared_bytes);
+  made->shared_bytes = shared_bytes;
+  made->body = body;
+  for (unsigned i = 0; i < threads; ++i) begin(made->threads[i], i);
+  made->left = threads;
+  made->turns = in_order(threads);
+  put_in_order(made->turns);
+  return made;
+}
+
+inline bool can_go_on(const Thread& thread) { return !thread.done && !thread.waits_at; }
+
+inline void give_turn(Thread& thread) {
+  block->anyone = true;
+  switch_to(thread);
+  block->left -= thread.done;
+}
+
+// After it has given every thread its turn.
+inline void end_sweep() {
+  open_barriers();
+  const auto& threads = block->threads;
+  if (!block->anyone && block->left > 0 && std::none_of(threads.begin(), threads.end(), can_go_on)) tell_who_waits();
+  block->next_turn = 0;
+  block->anyone = false;
+  put_in_order(block->turns);
+}
+
+// One warp goes as far as it can before the next begins: to the block's barrier.
+inline void sweep_in_order() {
+  const unsigned threads = static_cast<unsigned>(block->threads.size());
+  for (unsigned first = 0; first < threads; first += warpSize) {
+    for (bool again = true; again;) {
+      again = false;
+      for (unsigned i = first; i < std::min(first + warpSize, threads); ++i) {
+        Thread& thread = block->threads[block->turns[i]];
+        if (!can_go_on(thread)) continue;
+        again = true;
+        give_turn(thread);
       }
     }
-    open_barriers();
-    if (!anyone && std::none_of(here.threads.begin(), here.threads.end(),
-                                [](const Thread& t) { return !t.done && !t.waits_at; }) && left > 0) {
-      tell_who_waits();
-    }
   }
-  block = nullptr;
-  current = nullptr;
+  end_sweep();
+}
+
+// The warps keep step, but it may end in the middle of a sweep. Returns whether the last turn told others something.
+inline bool take_turns(unsigned count) {
+  block->told = false;
+  for (; count > 0 && block->left > 0 && !block->told; --count) {
+    Thread& thread = block->threads[block->turns[block->next_turn]];
+    if (can_go_on(thread)) give_turn(thread);
+    if (++block->next_turn == block->threads.size()) end_sweep();
+  }
+  return block->told;
 }
 
 inline void run_grid(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void()>& body) {
+  // what a multiprocessor takes; turns of a block in a row; in how many of them the one that is held up stays so
+  constexpr unsigned kThreadsAtOnce = 2048, kTurns = 1024, kHeldUp = 64;
   gridDim = grid;
   blockDim = threads;
+  const unsigned block_threads = threads.x * threads.y * threads.z;
   std::vector<unsigned> numbers = in_order(grid.x * grid.y * grid.z);
   put_in_order(numbers);
-  for (unsigned number : numbers) {
-    blockIdx = dim3(number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y);
-    run_block(threads.x * threads.y * threads.z, shared_bytes, body);
+  const bool shuffled = order == Order::kShuffled;
+  const size_t most = shuffled ? std::max(kThreadsAtOnce / block_threads, 1u) : 1;
+  std::vector<std::unique_ptr<Block>> there;
+  const Block* held_up = nullptr;
+  for (size_t begun = 0; begun < numbers.size() || !there.empty();) {
+    while (there.size() < most && begun < numbers.size()) {
+      const unsigned number = numbers[begun++];
+      const dim3 index(number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y);
+      there.push_back(begin_block(index, block_threads, shared_bytes, body));
+    }
+    if (there.size() == 1 || (shuffled && random_numbers() % kHeldUp == 0)) held_up = nullptr;
+    const size_t which = shuffled ? random_numbers() % there.size() : 0;
+    block = there[which].get();
+    if (block == held_up) continue;
+    blockIdx = block->index;
+    if (shuffled) {
+      const bool told = take_turns(1 + random_numbers() % kTurns);
+      if (told && held_up == nullptr && random_numbers() % 2 == 0) held_up = block;
+    } else {
+      while (block->left > 0) sweep_in_order();
+    }
+    if (block->left > 0) continue;
+    for (const Thread& thread : block->threads) free_stacks.push_back(thread.stack);
+    if (block == held_up) held_up = nullptr;
+    there.erase(there.begin() + static_cast<ptrdiff_t>(which));
   }
+  block = nullptr;
+  current = nullptr;
 }
 
 }  // namespace on_host

@@ -68,6 +68,16 @@ def test_a_missing_barrier_shows_in_every_order(program, order):
     assert program.run("sum", [x], [0], result, order)[0].isnan().any()
 
 
+def test_a_block_that_is_counted_before_all_of_it_has_written_shows_among_blocks_that_run_at_once(program):
+    result, seeds = [((128,), torch.float32)], [str(seed) for seed in range(1, 21)]
+    for order in ("forward", "reverse", *seeds):
+        assert program.run("last block", [], [1], result, order)[0].eq(3).all()
+    seen = [program.run("last block", [], [0], result, order)[0].isnan().any() for order in seeds]
+    assert sum(seen) >= 10
+    # one after the other they hide it
+    assert program.run("last block", [], [0], result, "forward")[0].eq(3).all()
+
+
 def test_a_copy_is_not_there_before_its_wait_and_fills_up_with_zeros(program):
     x = torch.arange(64, dtype=torch.uint8)
     result = [((4, 16), torch.uint8)]

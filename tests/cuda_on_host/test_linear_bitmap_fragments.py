@@ -93,10 +93,14 @@ def test_nan_and_infinity_at_a_pruned_input_reach_every_output_as_in_the_dense_p
     assert y[2].eq(1).all()
 
 
-@pytest.mark.parametrize("tokens", [1, 64])
-def test_masks_and_rows_that_lie_lead_nowhere(on_host, tokens):
-    """The numbers are wrong; what is read and written is not."""
-    weight = problem(40, 1100, 0.2)
+@pytest.mark.parametrize("tokens", [1, 8, 64])
+@pytest.mark.parametrize("shape", [(40, 1100), (16, 512)], ids=str)
+def test_masks_and_rows_that_lie_lead_nowhere(on_host, shape, tokens):
+    """The numbers are wrong; what is read and written is not.
+
+    From 9 tokens on the x behind the cells is longer than a segment of full masks: nothing leads past it.
+    """
+    weight = problem(*shape, 0.2)
     x, _ = inputs(tokens, weight)
     masks, cells, quad_rows, capacity = bitmap_fragments.reference(Bitmap.pack(weight))
     full = torch.full_like(masks, -1)
@@ -106,8 +110,8 @@ def test_masks_and_rows_that_lie_lead_nowhere(on_host, tokens):
         (masks, cells, far, capacity),
         (full, cells, far, capacity[:0]),
     ):
-        run(on_host, x, operands, None, 40)
-        dense(on_host, operands, 40, 1100)
+        run(on_host, x, operands, None, shape[0])
+        dense(on_host, operands, *shape)
 
 
 def dense(program, operands, out_features, in_features):
