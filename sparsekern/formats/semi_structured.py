@@ -105,7 +105,7 @@ class SemiStructured:
     def _groups(self) -> Tensor:
         """The 4 bits of each group [out_features, in_features / 4], int64."""
         nibbles = (self.metadata.long()[:, :, None] >> torch.tensor([0, 4, 8, 12], device=self.device)) & 15
-        return nibbles.view(len(self.values), -1)[:, : self.in_features // 4]
+        return nibbles.flatten(1)[:, : self.in_features // 4]
 
 
 def _refuse_crowded(groups: Tensor) -> None:

@@ -46,7 +46,8 @@ def reference(packed: SemiStructured) -> Fragments:
     values = values.view(panels, 2, 8, chunks, _TILES, 2, 4, 2).permute(0, 3, 4, 2, 6, 5, 1, 7)
     words = words.view(panels, 2, 8, chunks, 4, 2, 2).permute(0, 3, 2, 5, 6, 4, 1)
     values = values.reshape(panels, chunks, _TILES, _LANES, _FRAGMENT)
-    metadata = words.contiguous().view(torch.int32).view(panels, chunks, _LANES, 4)
+    # a register is the words of two rows
+    metadata = words.reshape(panels, chunks, _LANES, 8).view(torch.int32)
     return values.contiguous(), metadata
 
 

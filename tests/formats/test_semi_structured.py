@@ -45,6 +45,13 @@ def test_to_dense_gives_back_the_same_bits(rows, groups, dtype, seed):
     assert packed.shape == weight.shape
 
 
+@pytest.mark.parametrize("shape", [(5, 0), (0, 8), (0, 0)], ids=str)
+def test_a_weight_without_inputs_or_outputs_is_packed_and_comes_back(shape):
+    packed = SemiStructured.pack(torch.zeros(shape))
+    packed.validate()
+    assert torch.equal(packed.to_dense(), torch.zeros(shape))
+
+
 def test_nbytes_is_nine_sixteenths_of_dense_in_16_bit():
     assert SemiStructured.pack(pruned(8, 32, torch.bfloat16)).nbytes == 8 * 128 * 2 * 9 / 16
 

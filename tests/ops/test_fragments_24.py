@@ -67,6 +67,16 @@ def test_what_is_shuffled_comes_back_and_gives_the_weight(out_features, groups, 
     assert torch.equal(back.to_dense(), weight.to_dense())
 
 
+@pytest.mark.parametrize("shape", [(5, 0), (0, 8), (0, 0)], ids=str)
+def test_a_weight_without_inputs_or_outputs_comes_back(shape):
+    weight = SemiStructured.pack(torch.zeros(shape))
+    operands = fragments_24.reference(weight)
+    fragments_24.check(operands, *shape)
+    back = fragments_24.reference_inverse(operands, *shape)
+    assert torch.equal(back.values, weight.values)
+    assert torch.equal(back.metadata, weight.metadata)
+
+
 def test_what_fills_the_last_panel_and_chunk_is_zero_at_legal_positions():
     values, metadata = fragments_24.reference(packed(1, 4))
     assert values.shape == (1, 1, 8, 32, 8)

@@ -36,6 +36,18 @@ def test_every_kernel_matches_float64(kernel, dtype, out_features, in_features, 
 
 
 @pytest.mark.parametrize("kernel", linear_24.KERNELS, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("shape", [(0, 8), (5, 0), (0, 0)], ids=str)
+def test_layers_without_inputs_or_outputs_are_served(kernel, shape):
+    packed = SemiStructured.pack(torch.zeros(shape).bfloat16())
+    if reason := kernel.refuses(packed):
+        pytest.skip(f"{kernel.name}: {reason}")
+    for tokens in (0, 1, 3, 100):
+        x, bias = torch.randn(tokens, shape[1]).bfloat16(), torch.randn(shape[0]).bfloat16()
+        y = kernel.run(x, kernel.prepare(packed), bias, *shape)
+        assert torch.equal(y, torch.nn.functional.linear(x, torch.zeros(shape).bfloat16(), bias))
+
+
+@pytest.mark.parametrize("kernel", linear_24.KERNELS, ids=lambda kernel: kernel.name)
 def test_restore_gives_back_the_packed_weight_bit_for_bit(kernel):
     if kernel.name == "cusparselt":
         pytest.skip("test_cusparselt.py has a stand-in for the library")
