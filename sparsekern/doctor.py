@@ -8,7 +8,7 @@ import torch
 from sparsekern.measure import machine
 from sparsekern.ops import LINEAR_KERNELS, compiled
 
-MODULES = ("cpu", "cuda")
+MODULES = ("cpu", "cuda", "wgmma")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LIBRARIES = ("torch", "transformers", "triton", "safetensors", "tokenizers")
 

@@ -19,7 +19,7 @@ def test_each_kind_of_weight_is_served_by_the_first_kernel_that_does_not_refuse(
 
 def test_a_missing_module_is_named_with_the_reason(monkeypatch):
     monkeypatch.setattr(compiled, "why_not", lambda name: f"not built: {name} was not asked for")
-    assert examine()["modules"] == {name: f"not built: {name} was not asked for" for name in ("cpu", "cuda")}
+    assert examine()["modules"] == {name: f"not built: {name} was not asked for" for name in ("cpu", "cuda", "wgmma")}
 
 
 def test_the_facts_are_json():
