@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sparsekern import hf
 from sparsekern.convert import convert
-from sparsekern.formats import Dense
+from sparsekern.formats import BitmapInt8, Dense
 from sparsekern.linear import SparseLinear
 from sparsekern.manifest import INDEX, Manifest, check_sums, read_manifest, write_compressed
 from sparsekern.packed_layer import CONFIG, Packed, PackedLayer
@@ -210,8 +210,10 @@ def _pack(model: nn.Module) -> tuple[dict[str, PackedLayer], list[Part], PackRep
     parts: list[Part] = []
     report = PackReport()
     for name, module in model.named_modules():
-        # what was made of the input embedding is made of it again
-        if not isinstance(module, SparseLinear) or is_tied_copy(model, name, module) is not None:
+        if not isinstance(module, SparseLinear):
+            continue
+        # what has the bits of the input embedding is made of it again; what was rounded is not
+        if module.format is not BitmapInt8 and is_tied_copy(model, name, module) is not None:
             continue
         if module.format is Dense:
             weight = module.packed.to_dense()

@@ -17,6 +17,7 @@ from typing import TypeVar
 from torch import nn
 
 from sparsekern import hf
+from sparsekern.formats import BitmapInt8
 from sparsekern.manifest import QUANT_METHOD, files_below, write_compressed
 from sparsekern.model_files import INDEX
 from sparsekern.packed_layer import CONFIG, FORMATS, Packed, PackedLayer
@@ -58,27 +59,32 @@ def convert(
         opened = open_source(source, reader, hashes)
         _copy_rest(opened.directory, unfinished)
         (unfinished / CONFIG).write_text(json.dumps(opened.config, indent=2) + "\n", encoding="utf-8")
+        tied = _tied_layers(opened, unfinished)
         if to == DENSE:
-            parts, report = _unpacked(opened, reader)
+            parts, report = _unpacked(opened, tied, reader)
             _write_dense(unfinished, parts, shard_bytes)
         else:
             linear = _linear_layers(opened, unfinished) if layers is None else set(layers)
-            packed, parts, report = _packed(opened, FORMATS[to], linear, reader)
+            packed, parts, report = _packed(opened, FORMATS[to], linear, tied, reader)
             write_compressed(unfinished, packed, parts, shard_bytes)
     return report
 
 
-def _unpacked(source: Source, reader: Reader) -> tuple[list[Part], PackReport]:
+def _unpacked(source: Source, tied: set[str], reader: Reader) -> tuple[list[Part], PackReport]:
     parts, report = [], PackReport()
     for name, layer in source.layers.items():
-        parts.append(_dense_part(name, layer, reader))
+        if name in tied:
+            # as densify() does: what it was rounded from is there
+            report.left.append((name, "the model ties it to the input embedding, which keeps its bits"))
+        else:
+            parts.append(_dense_part(name, layer, reader))
     parts += [_same_part(name, stored, reader) for name, stored in source.others.items()]
     report.bytes = report.dense_bytes = sum(part.nbytes for part in parts)
     return parts, report
 
 
 def _packed(
-    source: Source, format: type[Packed], linear: set[str], reader: Reader
+    source: Source, format: type[Packed], linear: set[str], tied: set[str], reader: Reader
 ) -> tuple[dict[str, PackedLayer], list[Part], PackReport]:
     layers: dict[str, PackedLayer] = {}
     parts: list[Part] = []
@@ -93,7 +99,8 @@ def _packed(
             layer.packed(reader)
             layers[name] = PackedLayer.of(layer.format, layer.shape, layer.dtype, layer.kept, layer.group_size)
             unchanged = part_of(name, layers[name], layer.kept, lambda read=layer.packed: _fresh(read, reader))
-            chosen = None if layer.format is format else choose(layer.dense(reader), format, biases.get(name))
+            stays = layer.format is format or name in tied
+            chosen = None if stays else choose(layer.dense(reader), format, biases.get(name))
         else:
             unchanged = _dense_part(name, layer, reader)
             chosen = "it is no nn.Linear of the model"
@@ -138,6 +145,15 @@ def _linear_layers(source: Source, directory: Path) -> set[str]:
     modules = dict(hf.skeleton(directory).named_modules())
     owners = Counter(id(p) for module in modules.values() for p in module._parameters.values() if p is not None)
     return {n for n, module in modules.items() if type(module) is nn.Linear and owners[id(module.weight)] == 1}
+
+
+def _tied_layers(source: Source, directory: Path) -> set[str]:
+    """The packed layers, output embeddings in int8, whose weight the model of the config would tie to another."""
+    int8 = {name for name, layer in source.layers.items() if layer.format is BitmapInt8}
+    if not int8 or "model_type" not in source.config or "auto_map" in source.config:
+        return set()
+    copies = hf.skeleton(directory).all_tied_weights_keys
+    return {name for name in int8 if f"{name}.weight" in copies}
 
 
 def _fresh(read: Callable[[Reader], T], reader: Reader) -> T:

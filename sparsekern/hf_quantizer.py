@@ -73,12 +73,18 @@ class SparsekernQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model, checkpoint_files: list[str] | None = None, **_: Any) -> None:
         manifest = _manifest(model.config.name_or_path, checkpoint_files)
         _check_shapes(model, manifest)
-        tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+        copies = model.all_tied_weights_keys
+        tied = {*copies, *copies.values()}
+        self._untied = {}
         for name in manifest.layers:
             place = _place(model, name)
             if place is None and _is_whole(model):
                 raise ValueError(f"{name}: is packed, but {type(model).__name__} has no such layer")
-            if f"{place}.weight" in tied:
+            weight = f"{place}.weight"
+            if weight in copies and manifest.layers[name].format is BitmapInt8:
+                # an output embedding that was rounded is no longer the input embedding
+                self._untied[weight] = copies.pop(weight)
+            elif weight in tied:
                 raise ValueError(f"{name}: is packed, but {type(model).__name__} ties its weight to another")
             if place is not None:
                 replace_module(model, place, _awaiting(name, manifest, model.get_submodule(place)))
@@ -86,6 +92,8 @@ class SparsekernQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model, **_: Any) -> None:
         del model.config.transformers_weights
+        # that the model ties it is how densify() finds the bits it was rounded from
+        model.all_tied_weights_keys.update(self.__dict__.pop("_untied"))
         _check_loaded(model, self.__dict__.pop("_expected"))
         if reason := compiled.why_not("cpu"):
             warnings.warn(f"sparsekern._cpu is missing, so the reference ops serve on a CPU: {reason}", stacklevel=2)

@@ -69,7 +69,7 @@ ARROWS = {
     "state": {"linear"},
     "compressed_tensors": {"formats", "shards"},
     "sources": {"compressed_tensors", "manifest", "model_files", "packed_layer", "shards"},
-    "convert": {"hf", "manifest", "model_files", "packed_layer", "packing", "publish", "shards", "sources"},
+    "convert": {"formats", "hf", "manifest", "model_files", "packed_layer", "packing", "publish", "shards", "sources"},
     "checkpoint": {"convert", "manifest", "packing", "packed_layer", "shards", "state", "linear", "swap", "plan"}
     | {"formats", "publish", "hf"},
     "hf_quantizer": {"formats", "ops", "linear", "manifest", "packed_layer", "shards", "swap", "checkpoint"},
