@@ -109,16 +109,14 @@ def compare_end_to_end(
     )
 
 
-def check_logits(dense: Tensor, sparse: Tensor, tokens: int) -> float:
+def check_logits(dense: Tensor, sparse: Tensor, tokens: int, whose: str = "sparse and dense") -> float:
     """The relative difference of the logits. Raises RuntimeError when rounding does not explain it."""
     allowed = LARGEST_DIFFERENCE[dense.dtype]
     dense, sparse = dense.double(), sparse.double()
     difference = float((sparse - dense).square().mean().sqrt() / dense.square().mean().sqrt())
     # NaN is not within anything
     if not difference <= allowed:
-        raise RuntimeError(
-            f"sparse and dense logits of {tokens} tokens differ by {difference:.2g}, allowed is {allowed}"
-        )
+        raise RuntimeError(f"logits of {tokens} tokens, {whose}, differ by {difference:.2g}, allowed is {allowed}")
     return difference
 
 

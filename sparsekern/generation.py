@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from sparsekern.endtoend import check_logits
 from sparsekern.formats import Dense
-from sparsekern.hf_generate import CACHES, compile_forward, generate, random_model
+from sparsekern.hf_generate import CACHES, compile_forward, generate, generate_logits, random_model
 from sparsekern.measure import device_of, evaluating, logits, machine, weight_bytes
 from sparsekern.ops import stream_read
 from sparsekern.ops.kernel import pick
@@ -48,7 +48,13 @@ from sparsekern.variants import available, peak, pruned, read_bytes, sharing, wi
 
 DENSE, OWN, NO_LINEAR = "dense", "own dense", "no linear layers"
 VALUES = ("bfloat16", "int8")
+HEADS = ("own", "int8", "torch")
 READ_BYTES = 512 << 20
+_HEAD_IN_WORDS = {
+    "own": "own kernel, in the kind of values",
+    "int8": "own kernel, with int8 in every sparse variant",
+    "torch": "as torch has it",
+}
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ class Generation:
     new_tokens: int
     cache: str
     compiled: bool
-    own_head: bool
+    head: str
     bandwidth: Bandwidth
     variants: tuple[Variant, ...]
     machine: Json
@@ -154,7 +160,7 @@ class Generation:
                 f"torch {facts['torch']}; commit {facts['commit'] or 'unknown'}; {self.date}",
                 "median, ~ is unsteady; ratios of alternating runs with p10–p90, none (–) where one is unsteady",
                 "dense / own dense is the gain of the kernel, own dense / sparse that of sparsity; "
-                f"output embedding: {'own kernel, in the kind of values' if self.own_head else 'as torch has it'}",
+                f"output embedding: {_HEAD_IN_WORDS[self.head]}",
                 f"ceiling: bytes a token reads, of own dense / of the variant; logits differ by {worst:.1e} at most",
             ]
         )
@@ -165,7 +171,7 @@ def measure_generation(
     sparsities: Sequence[float] = (0.5, 0.7),
     *,
     values: Sequence[str] = VALUES,
-    own_head: bool = True,
+    head: str = "own",
     prompt: int = 32,
     new_tokens: int = 16,
     blocks: int | None = None,
@@ -177,17 +183,19 @@ def measure_generation(
 ) -> Generation:
     """Generate with a random model of `shape` dense, in own dense panels, and at each sparsity and kind of values.
 
-    own_head    the output embedding of all but `dense` is run by our own kernel too, in the variant's kind of values
-    prompt      tokens of the prompt; new_tokens: that are generated, the first of them by the prefill
-    blocks      so many decoder blocks instead of all
-    compiled    the forward passes go through torch.compile, which takes minutes more
-    seconds     for the timings; at least 8 rounds are run
-    plan        what decides about each layer, at one token; None measures
+    head      the output embedding of all but `dense`: "own" runs it by our own kernel in the variant's kind of values,
+              "int8" by our own with 8 bits in every sparse variant, "torch" leaves it
+    prompt    tokens of the prompt; new_tokens: that are generated, the first of them by the prefill
+    blocks    so many decoder blocks instead of all
+    compiled  the forward passes go through torch.compile, half a minute and more a variant; the logits of the tokens
+              that it generates are compared with those of the same variant before it was compiled
+    seconds   for the timings; at least 8 rounds are run
+    plan      what decides about each layer, at one token; None measures
 
     Raises ValueError for a sparsity outside 0..1, other values, too few tokens or too little memory, RuntimeError when
     logits disagree.
     """
-    _check(shape, sparsities, values, prompt, new_tokens, blocks, cache)
+    _check(shape, sparsities, values, head, prompt, new_tokens, blocks, cache)
     dense = random_model(shape, torch.bfloat16, blocks)
     models, swaps = {DENSE: dense}, {DENSE: {}}
     say = progress or (lambda *_: None)
@@ -198,7 +206,8 @@ def measure_generation(
         models[name] = pruned(dense, sparsity)
         chosen = Unmeasured(Dense) if sparsity is None else plan or Plan.for_model(dense)
         eight = "int8" if kind == "int8" else None
-        report = sparsify(models[name], plan=chosen, values=eight, lm_head=(eight or "dense") if own_head else None)
+        own_head = "int8" if kind == "int8" or (head == "int8" and sparsity is not None) else "dense"
+        report = sparsify(models[name], plan=chosen, values=eight, lm_head=None if head == "torch" else own_head)
         swaps[name] = report.to_json() | {"text": str(report)}
     models[NO_LINEAR] = without_linear(dense)
     swaps[NO_LINEAR] = {}
@@ -215,8 +224,7 @@ def measure_generation(
         for name, model in models.items():
             say(steps - 1, steps, f"{'compile' if compiled else 'try'} {name}")
             if compiled:
-                compile_forward(model)
-                generate(model, ids, 3, cache)
+                _compile(model, ids, new_tokens, cache, says_something=name != NO_LINEAR)
             peaks[name] = peak(lambda model=model: generate(model, ids, 2, cache), device)
         say(steps - 1, steps, "time")
         reads = _alternate(models, ids, new_tokens, cache, seconds, prefill, decode)
@@ -229,7 +237,7 @@ def measure_generation(
         new_tokens=new_tokens,
         cache=cache,
         compiled=compiled,
-        own_head=own_head,
+        head=head,
         bandwidth=bandwidth,
         variants=tuple(
             Variant(
@@ -286,6 +294,18 @@ def _difference(model: nn.Module, ids: Tensor) -> float:
         return check_logits(logits(plain, ids), logits(model, ids), len(ids))
 
 
+def _compile(model: nn.Module, ids: Tensor, new_tokens: int, cache: str, says_something: bool) -> None:
+    """Raises RuntimeError when the logits of a model that says something are others than rounding explains."""
+    # as many tokens as are timed: a longer cache, which has other sizes, would be compiled for again
+    eager, wanted = generate_logits(model, ids, new_tokens, cache)
+    compile_forward(model)
+    new, got = generate_logits(model, ids, new_tokens, cache)
+    # up to the first other token both have seen the same ones
+    same = int((new == eager).cumprod(0).sum()) + 1
+    if says_something:
+        check_logits(wanted[:same], got[:same], min(same, new_tokens), "compiled and not")
+
+
 def _reader(device: torch.device) -> Callable[[], object]:
     """What reads READ_BYTES of memory."""
     buffer = torch.ones(READ_BYTES // 8, dtype=torch.float64, device=device)
@@ -295,26 +315,38 @@ def _reader(device: torch.device) -> Callable[[], object]:
     return lambda: torch.sum(buffer)
 
 
-def _check(shape, sparsities, values, prompt, new_tokens, blocks, cache) -> None:
+def _check(shape, sparsities, values, head, prompt, new_tokens, blocks, cache) -> None:
     if not sparsities or not all(0 <= sparsity < 1 for sparsity in sparsities):
         raise ValueError(f"sparsities must be one or more of 0..1 that leave weights, got {list(sparsities)}")
     if not values or set(values) - set(VALUES):
         raise ValueError(f"values must be of {', '.join(VALUES)}, got {list(values)}")
+    if head not in HEADS:
+        raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
     if prompt < 1 or new_tokens < 3:
         raise ValueError(f"prompt must be at least 1 token and new_tokens 3, got {prompt} and {new_tokens}")
     if cache not in CACHES:
         raise ValueError(f"cache must be one of {', '.join(CACHES)}, got {cache!r}")
     if blocks is not None and not 1 <= blocks <= shape.blocks:
         raise ValueError(f"blocks must be 1..{shape.blocks} of {shape.name}, got {blocks}")
-    dense = 2 * ((blocks or shape.blocks) * shape.block_weights + shape.head.weights * (1 if shape.tied else 2))
-    # dense, own dense, and once more for the weights of the one that is being packed or checked
-    shares = [(1 - sparsity + 0.125) * (0.5 if kind == "int8" else 1.0) for kind in values for sparsity in sparsities]
-    needed, free = int(dense * (3 + sum(shares))), available()
+    number, free = blocks or shape.blocks, available()
+    needed = _needed_bytes(shape, number, sparsities, values)
     if free is not None and needed > free:
+        fitting = [n for n in range(1, number) if _needed_bytes(shape, n, sparsities, values) <= free]
+        part = f"{fitting[-1]} of its {shape.blocks} blocks fit, or " if fitting else ""
         raise ValueError(
-            f"{shape.name} in all these variants needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free: "
-            "give fewer blocks, sparsities or values"
+            f"{shape.name} in all these variants needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free: {part}"
+            "give fewer sparsities or values"
         )
+
+
+def _needed_bytes(shape: ModelShape, blocks: int, sparsities: Sequence[float], values: Sequence[str]) -> int:
+    """At most, with every variant in memory, and the weights of the one that is being packed or checked once more."""
+    linear, head = 2 * blocks * shape.block_weights, 2 * shape.head.weights
+    dense = linear + head * (1 if shape.tied else 2)
+    # a bit says where a weight was
+    packed = sum((1 - s + 1 / 16) * (9 / 16 if kind == "int8" else 1) for kind in values for s in sparsities)
+    heads = head * (1 + len(sparsities) * len(values))
+    return int(dense + linear + linear * packed + heads + linear + READ_BYTES)
 
 
 def plot(found: Generation, path: str | PathLike) -> None:

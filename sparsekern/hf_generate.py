@@ -1,6 +1,7 @@
 """hf_generate: a model of a published shape with random weights, and transformers' generate with a clock in it."""
 
 import time
+from typing import Any
 
 import torch
 import transformers
@@ -61,6 +62,19 @@ def generate(model: nn.Module, ids: Tensor, new_tokens: int, cache: str = "dynam
         stamps.append(time.perf_counter())
         return done
 
+    start = time.perf_counter()
+    out = _generate(model, ids, new_tokens, cache, stopping_criteria=transformers.StoppingCriteriaList([stamp]))
+    return out[0, len(ids) :], [stamp - start for stamp in stamps]
+
+
+def generate_logits(model: nn.Module, ids: Tensor, new_tokens: int, cache: str = "dynamic") -> tuple[Tensor, Tensor]:
+    """What `generate` generates, [new_tokens], and the logits that it chose from, [new_tokens, vocabulary]."""
+    out = _generate(model, ids, new_tokens, cache, return_dict_in_generate=True, output_logits=True)
+    # generate casts them to float32
+    return out.sequences[0, len(ids) :], torch.cat(out.logits).to(model.dtype)
+
+
+def _generate(model: nn.Module, ids: Tensor, new_tokens: int, cache: str, **more: Any) -> Any:
     settings = {
         "max_new_tokens": new_tokens,
         "do_sample": False,
@@ -68,13 +82,10 @@ def generate(model: nn.Module, ids: Tensor, new_tokens: int, cache: str = "dynam
         "eos_token_id": None,
         "pad_token_id": 0,
         "use_cache": True,
-        "stopping_criteria": transformers.StoppingCriteriaList([stamp]),
     }
     if cache == "static":
         settings["cache_implementation"] = "static"
-    start = time.perf_counter()
-    out = model.generate(ids[None], attention_mask=torch.ones_like(ids[None]), **settings)
-    return out[0, len(ids) :], [stamp - start for stamp in stamps]
+    return model.generate(ids[None], attention_mask=torch.ones_like(ids[None]), **settings, **more)
 
 
 def compile_forward(model: nn.Module) -> None:

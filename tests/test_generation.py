@@ -1,14 +1,18 @@
 """Generation: what is timed is generate, what is compared is checked first, and the bytes are those that are read."""
 
 import json
+import re
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from sparsekern import shapes
 from sparsekern.generation import DENSE, NO_LINEAR, OWN, measure_generation, plot
-from sparsekern.hf_generate import generate, random_model
+from sparsekern.hf_generate import compile_forward, generate, generate_logits, random_model
 from sparsekern.plan import Unmeasured
+from sparsekern.swap import sparsify
+from sparsekern.variants import pruned
 
 TINY = shapes.find("tiny")
 
@@ -66,22 +70,59 @@ def test_every_variant_is_measured_and_its_gains_told_apart():
 
 
 def test_the_model_that_is_timed_dense_is_not_touched():
-    found = measured(own_head=False, sparsities=(0.5,))
+    found = measured(head="torch", sparsities=(0.5,))
     dense, own, *_ = found.variants
     assert dense.swap == {}
     assert dense.bytes == own.bytes
-    assert not found.own_head
+    assert "output embedding: as torch has it" in found.caption()
 
 
-def test_a_compiled_model_generates_with_a_static_cache(monkeypatch):
+def compile_by(monkeypatch, backend):
+    """What inductor adds takes a minute. Whoever compiles the same model next begins anew."""
     compile = torch.compile
-    # what inductor adds takes a minute
-    monkeypatch.setattr(torch, "compile", lambda call: compile(call, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", lambda call: compile(call, backend=backend))
+
+
+def test_a_compiled_model_generates_with_a_static_cache_by_two_whole_graphs(monkeypatch):
+    compile_by(monkeypatch, "eager")
     found = measured(sparsities=(0.5,), cache="static", compiled=True, blocks=1)
-    # whoever compiles the same model next begins anew
+    # the prompt and a token: no length of the cache is compiled for twice, and no op of ours breaks a graph
+    assert counters["stats"]["unique_graphs"] == 2 * len(found.variants)
+    assert not counters["graph_break"]
     torch._dynamo.reset()
     assert (found.compiled, found.cache, found.blocks) == (True, "static", 1)
     assert "torch.compile, static cache" in found.table().title
+
+
+def test_a_model_through_inductor_generates_the_tokens_that_it_does_without():
+    torch._dynamo.reset()
+    counters.clear()
+    model = pruned(random_model(TINY, torch.float32, blocks=1), 0.5)
+    sparsify(model, plan=Unmeasured(), lm_head="int8")
+    with torch.inference_mode():
+        wanted, logits = generate_logits(model, torch.arange(3), 6, "static")
+        compile_forward(model)
+        new, compiled = generate_logits(model, torch.arange(3), 6, "static")
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+    torch._dynamo.reset()
+    assert torch.equal(new, wanted)
+    torch.testing.assert_close(compiled, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_model_that_says_something_else_is_not_timed(monkeypatch):
+    def other(graph, inputs):
+        return lambda *given: tuple(
+            out * 1.5 if out.is_floating_point() and out.dim() == 3 else out for out in graph(*given)
+        )
+
+    compile_by(monkeypatch, other)
+    monkeypatch.setattr("sparsekern.generation._alternate", lambda *_: pytest.fail("it was timed"))
+    with pytest.raises(RuntimeError, match="logits of 4 tokens, compiled and not, differ by 0.5, allowed is 0.1"):
+        measured(sparsities=(0.5,), cache="static", compiled=True, blocks=1)
+    torch._dynamo.reset()
 
 
 def test_logits_that_disagree_are_not_timed(monkeypatch):
@@ -89,7 +130,7 @@ def test_logits_that_disagree_are_not_timed(monkeypatch):
 
     monkeypatch.setattr(generation, "logits", lambda model, ids: torch.randn(3, 5, dtype=torch.bfloat16))
     monkeypatch.setattr(generation, "_alternate", lambda *_: pytest.fail("it was timed"))
-    with pytest.raises(RuntimeError, match="logits of 3 tokens differ by"):
+    with pytest.raises(RuntimeError, match="logits of 3 tokens, sparse and dense, differ by"):
         measured(sparsities=(0.5,))
 
 
@@ -113,9 +154,21 @@ def test_what_makes_no_sense_is_refused(choice, message):
         measured(**choice)
 
 
-def test_a_model_that_does_not_fit_is_refused_before_it_is_built(monkeypatch):
-    monkeypatch.setattr("sparsekern.generation.available", lambda: 1 << 30)
+def test_a_model_that_does_not_fit_is_refused_before_it_is_built_and_told_what_would(monkeypatch):
+    monkeypatch.setattr("sparsekern.generation.random_model", lambda *_: pytest.fail("it was built"))
+    llama, free = shapes.find("llama-2-7b"), 24 << 30
+    monkeypatch.setattr("sparsekern.generation.available", lambda: free)
     with pytest.raises(
-        ValueError, match=r"llama-2-7b in all these variants needs 6\d\.\d GB, 1\.1 are free: give fewer"
-    ):
-        measure_generation(shapes.find("llama-2-7b"))
+        ValueError,
+        match=r"llama-2-7b in all these variants needs 59\.9 GB, 25\.8 are free: (\d+) of its 32 blocks fit",
+    ) as refused:
+        measure_generation(llama)
+    fitting = int(re.search(r"(\d+) of its 32", str(refused.value))[1])
+    assert 8 <= fitting < 20
+    with pytest.raises(pytest.fail.Exception, match="it was built"):
+        measure_generation(llama, blocks=fitting)
+    with pytest.raises(ValueError, match="are free: "):
+        measure_generation(llama, blocks=fitting + 1)
+    free = 1 << 28
+    with pytest.raises(ValueError, match=r"0\.3 are free: give fewer sparsities or values"):
+        measure_generation(llama)

@@ -10,7 +10,7 @@ from sparsekern import shapes
 from sparsekern.commands.arguments import AsJson, Dtype, dtype_of, load
 from sparsekern.commands.output import print_result, progress_bar
 from sparsekern.endtoend import compare_end_to_end
-from sparsekern.generation import VALUES, measure_generation
+from sparsekern.generation import HEADS, VALUES, measure_generation
 from sparsekern.generation import plot as plot_generation
 from sparsekern.hf_generate import CACHES
 from sparsekern.ops.compiled import instruction_set, using
@@ -36,7 +36,9 @@ def command(
     prompt: Annotated[int, typer.Option(help="tokens of the prompt of generate")] = 32,
     new_tokens: Annotated[int, typer.Option(help="that a generate makes")] = 16,
     blocks: Annotated[int | None, typer.Option(help="for generate: so many decoder blocks, not all")] = None,
-    own_head: Annotated[bool, typer.Option(help="for generate: our own kernel for the output embedding too")] = True,
+    head: Annotated[
+        str, typer.Option(help=f"for generate: the output embedding as {', '.join(HEADS)} (own: in the kind of values)")
+    ] = "own",
     cache: Annotated[str, typer.Option(help=f"of generate: {' or '.join(CACHES)}")] = "dynamic",
     compiled: Annotated[bool, typer.Option("--compile", help="generate through torch.compile; minutes more")] = False,
     dtype: Dtype = "bfloat16",
@@ -73,7 +75,7 @@ def command(
             shape,
             sparsities,
             values=[name.strip() for name in values.split(",")],
-            own_head=own_head,
+            head=head,
             prompt=prompt,
             new_tokens=new_tokens,
             blocks=blocks,
