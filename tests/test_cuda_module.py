@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparsekern.ops import compiled
 from tests import sass
@@ -141,3 +142,34 @@ def test_the_shortest_loop_with_an_instruction_is_found(monkeypatch):
     assert [each.address for each in kernel.loop_with("POPC").instructions] == [0x10, 0x20, 0x30, 0x40, 0x50]
     with pytest.raises(LookupError, match="_Z6kernelv has no loop with MOV"):
         kernel.loop_with("MOV")
+
+
+# what every launching function takes, for one output of one token; sizes that hold for any address
+OPERANDS = {
+    "linear_bitmap_": {"x_size": 8, "bitmap_size": 1, "row_offsets_size": 2, "in_features": 8},
+    "linear_24_": {"x_size": 8, "values_size": 2048, "metadata_size": 128, "in_features": 8, "out_features": 1},
+    "linear_bitmap_fragments_": {"x_size": 8, "masks_size": 256, "quad_rows_size": 9, "in_features": 8}
+    | {"out_features": 1, "cell_rows": 0, "capacity": 0},
+    "bitmap_fragments_to_": {"masks_size": 256, "quad_rows_size": 9, "in_features": 8, "out_features": 1}
+    | {"dense_size": 8, "cell_rows": 0, "capacity": 0},
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a card launches")
+def test_a_launch_that_the_runtime_refuses_is_raised_with_its_words():
+    """Without a card every launch fails, before anything is read."""
+    if reason := compiled.why_not("cuda"):
+        pytest.skip(f"sparsekern._cuda: {reason}")
+    functions = {name: getattr(compiled.cuda(), name) for name in dir(compiled.cuda()) if name[0] != "_"}
+    seen = set()
+    for name, function in functions.items():
+        begins = max((start for start in OPERANDS if name.startswith(start)), key=len, default=None)
+        if begins is None or "stream" not in function.__doc__:
+            continue
+        wanted = re.findall(r"(\w+): typing", function.__doc__)
+        given = {"tokens": 1, "y_size": 1, **OPERANDS[begins]}
+        with pytest.raises(RuntimeError, match=r"^\w+: .*(CUDA|driver|device)") as caught:
+            function(**{argument: given.get(argument, 0) for argument in wanted})
+        assert name.startswith(str(caught.value).partition(":")[0])
+        seen.add(begins)
+    assert seen == {*OPERANDS}
