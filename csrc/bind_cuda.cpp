@@ -131,4 +131,5 @@ PYBIND11_MODULE(_cuda, module) {
   bind_linear_24_prefill<__nv_bfloat16>(module, "linear_24_prefill_bf16");
   bind_linear_24_prefill<__half>(module, "linear_24_prefill_fp16");
   bind_cuda_bitmap(module);
+  bind_cuda_pack(module);
 }

@@ -36,3 +36,5 @@ inline void check_size(const char* name, int64_t size, int64_t a, int64_t b) {
 
 // bind_cuda_bitmap.cpp
 void bind_cuda_bitmap(py::module_& module);
+// bind_cuda_pack.cpp
+void bind_cuda_pack(py::module_& module);

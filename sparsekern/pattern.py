@@ -125,7 +125,8 @@ class NM:
         """
         self.check(saliency.shape[1])
         groups = saliency.reshape(-1, self.m)
-        kept = torch.tensor(self.n, device=saliency.device).expand(len(groups))
+        # filled on the card, where a number of the host's would be waited for
+        kept = torch.full((1,), self.n, device=saliency.device).expand(len(groups))
         return _keep_largest(groups, kept).view_as(saliency)
 
 

@@ -36,6 +36,11 @@ class Compiled:
     def count(self, opcode: str) -> int:
         return sum(each.opcode.startswith(opcode) for each in self.instructions)
 
+    def before_refusals(self) -> tuple[Instruction, ...]:
+        """What stands before the last way out but one: behind it a kernel tells of what it refuses."""
+        ways_out = [i for i, each in enumerate(self.instructions) if each.opcode.startswith("EXIT")]
+        return self.instructions[: ways_out[-2] + 1]
+
     def loop_with(self, opcode: str) -> "Compiled":
         """The shortest loop with an instruction; a loop inside it counts once. Raises LookupError without any."""
         loops = []

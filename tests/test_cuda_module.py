@@ -38,6 +38,29 @@ LOOPS = [
     (r"bitmap_fragments_kernel\w+Li4E", "HMMA", 16 * 128 / 32, 4.4, 0),
     (r"bitmap_fragments_kernel\w+Li8E", "HMMA", 16 * 128 / 32, 5.4, 0),
 ]
+# what a thread may spend on each dense element in kernels that move 16 bytes at a time: in the loop along a row, where
+# there is one, else before the last way out but one, behind which stands what is done for weights that are refused. An
+# H200 has 6.9 instructions a thread for each byte that it reads or writes at the full bandwidth of its memory
+STREAMS = [
+    # kernel, loop with, dense elements a thread, instructions an element, bytes an element
+    (r"pack_24_kernelILi2ELb1E", None, 32, 11, 3.125),
+    (r"pack_24_kernelILi4ELb1E", None, 32, 17, 6.125),
+    (r"unpack_24_kernelILi2ELb1E", None, 32, 8, 3.125),
+    (r"unpack_24_kernelILi4ELb1E", None, 32, 11.5, 6.125),
+    (r"bitmap_bits_kernelILi2ELb1E", "POPC", 32, 7.5, 2.125),
+    (r"bitmap_bits_kernelILi4ELb1E", "POPC", 32, 11, 4.125),
+    # at 50 %
+    (r"bitmap_values_kernelILi2ELb1E", "SHFL", 32, 12, 3.125),
+    (r"bitmap_values_kernelILi4ELb1E", "SHFL", 32, 12, 6.125),
+    (r"bitmap_to_dense_kernelILi2ELb1E", "SHFL", 32, 16, 3.125),
+    (r"bitmap_to_dense_kernelILi4ELb1E", "SHFL", 32, 17.5, 6.125),
+    (r"keep_largest_kernelILi2E", None, 16, 33, 5),
+    (r"keep_largest_kernelILi4E", None, 16, 33, 5),
+    (r"keep_largest_kernelILi8E", None, 16, 43, 5),
+    (r"keep_largest_kernelILi16E", None, 16, 38, 5),
+]
+INSTRUCTIONS_A_BYTE = 6.9
+SHARE_OF_COPY = 0.7
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +142,20 @@ def test_the_main_loop_costs_few_instructions_a_dense_element(
         assert loop.count("POPC") / elements <= popcounts, kernel.name
 
 
+@pytest.mark.parametrize(("pattern", "opcode", "elements", "instructions", "nbytes"), STREAMS, ids=str)
+def test_what_packs_and_unpacks_has_instructions_to_spare_at_seven_tenths_of_the_copy(
+    module, pattern, opcode, elements, instructions, nbytes
+):
+    there(module, "sm_90a")
+    (kernel,) = [kernel for name, kernel in kernels(module, "sm_90a").items() if re.search(rf"\d{pattern}", name)]
+    spent = len(kernel.loop_with(opcode).instructions if opcode else kernel.before_refusals()) / elements
+    assert spent <= instructions
+    assert spent <= nbytes * INSTRUCTIONS_A_BYTE / SHARE_OF_COPY
+    # of a packed weight the half or less may be in 8
+    wide = [each.opcode for each in kernel.instructions if re.match(r"(LDG|STG)\.E\.(NA\.)?128", each.opcode)]
+    assert wide, kernel.name
+
+
 LISTING = """
 \t\tFunction : _Z6kernelv
         /*0000*/                   MOV R1, c[0x0][0x28] ;   /* 0x00000a00ff017b82 */
@@ -138,6 +175,8 @@ def test_the_shortest_loop_with_an_instruction_is_found(monkeypatch):
     monkeypatch.setattr(sass, "_read", lambda tool, flag, *_: usage if flag == "-res-usage" else LISTING)
     (kernel,) = sass.kernels("cuobjdump", "module", "sm_90a").values()
     assert (kernel.registers, kernel.local, len(kernel.instructions)) == (47, 12, 9)
+    with pytest.raises(IndexError):
+        kernel.before_refusals()
     assert [each.address for each in kernel.loop_with("HMMA.SP").instructions] == [0x20, 0x30]
     assert [each.address for each in kernel.loop_with("POPC").instructions] == [0x10, 0x20, 0x30, 0x40, 0x50]
     with pytest.raises(LookupError, match="_Z6kernelv has no loop with MOV"):

@@ -10,6 +10,61 @@
 
 namespace sparsekern::cuda {
 
+// What a weight's elements are, where their bits alone matter.
+enum class Float { kBfloat16, kFloat16, kFloat32 };
+
+// pack_24: a dense weight to 2:4 as formats/semi_structured.py saves it.
+//   dense     [out_features, in_features], in_features a multiple of 4; any alignment, fastest on 16 bytes with
+//             in_features a multiple of 8
+//   values    [out_features, in_features / 2], every element written, -0.0 as +0.0; on 8 bytes
+//   metadata  [out_features, ceil(in_features / 16)], every word written
+//   status    [3] zeros; then how many weights are not finite, how many groups hold more than two nonzeros, and the
+//             number of groups less the first such group's number, counted along the rows. Where any is not 0 the
+//             values mean nothing
+cudaError_t pack_24(const void* dense, Float dtype, void* values, int16_t* metadata, uint64_t* status,
+                    int64_t out_features, int64_t in_features, cudaStream_t stream);
+
+// unpack_24: its inverse.
+//   values    as above, of any alignment, fastest on 16 bytes with in_features a multiple of 8
+//   dense     [out_features, in_features], every element written
+//   status    [1] 0; then 1 where the two positions of some group do not rise, or are others than 0 and 1 behind the
+//             last input. Whatever they are, nothing else is read or written
+cudaError_t unpack_24(const void* values, Float dtype, const int16_t* metadata, void* dense, uint64_t* status,
+                      int64_t out_features, int64_t in_features, cudaStream_t stream);
+
+// A dense weight to a bitmap as formats/bitmap.py saves it, in two steps: the second needs the sum of the first's counts.
+//   dense        [out_features, in_features], rows `stride` weights apart; any alignment, fastest where every row lies on
+//                16 bytes and in_features is a multiple of 8
+//   bitmap       [out_features, ceil(in_features / 8)], low bit first; bitmap_bits writes every byte, 1 where not +-0.0
+//   counts       [out_features], kept weights of each row
+//   row_offsets  [out_features + 1], the sum of the counts before each row
+//   values       [kept], every element written
+//   status       [2] zeros; then how many weights are not finite, and the number of the bitmap's bytes less that of the
+//                first byte whose eight weights hold one. Where any is not 0 the rest means nothing
+cudaError_t bitmap_bits(const void* dense, int64_t stride, Float dtype, uint8_t* bitmap, int64_t* counts,
+                        uint64_t* status, int64_t out_features, int64_t in_features, cudaStream_t stream);
+cudaError_t bitmap_values(const void* dense, int64_t stride, Float dtype, const uint8_t* bitmap,
+                          const int64_t* row_offsets, void* values, int64_t kept, int64_t out_features,
+                          int64_t in_features, cudaStream_t stream);
+
+// The inverse of both, which also checks what it reads.
+//   values   [kept] of any alignment
+//   dense    [out_features, in_features], every element written, zeros as +0.0
+//   status   [1] 0; then 1 where Bitmap.validate would refuse. Whatever bitmap and row_offsets hold, nothing else is read
+//            or written
+cudaError_t bitmap_to_dense(const void* values, Float dtype, int64_t kept, const uint8_t* bitmap,
+                            const int64_t* row_offsets, void* dense, uint64_t* status, int64_t out_features,
+                            int64_t in_features, cudaStream_t stream);
+
+// keep_largest: of each of `sets` small sets the largest saliencies, ties to the lower index.
+//   saliency  [sets, size], size 2, 4, 8 or 16; on 16 bytes
+//   kept      one count a set, 0..size, kept_stride apart: 0 where one serves all
+//   mask      [sets, size], every element written; on 16 bytes
+//   status    [2] zeros; then how many saliencies are NaN, and 1 where a count is impossible. Where any is not 0 the mask
+//             means nothing
+cudaError_t keep_largest(const float* saliency, const int64_t* kept, int64_t kept_stride, bool* mask, uint64_t* status,
+                         int64_t sets, int64_t size, cudaStream_t stream);
+
 // A 2:4 weight in the order of mma.sp.m16n8k32, as ops/fragments_24.py makes it: panels of kPanelRows outputs by chunks
 // of kChunkInputs inputs, a chunk being kChunkTiles tiles of 16 outputs x 32 inputs; zeros fill the last of each.
 //   values    [panels, chunks, kChunkTiles, 32 lanes, 8], 16 bytes are a lane's A fragment of a tile

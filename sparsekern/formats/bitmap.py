@@ -47,8 +47,7 @@ class Bitmap:
         values = weight[kept]
         # zeros are finite, so the kept values tell
         if missing := int((~values.isfinite()).sum()):
-            row, column = (weight.isfinite().logical_not_()).nonzero()[0].tolist()
-            raise ValueError(f"weight holds {missing} NaN or infinite values, the first in row {row}, column {column}")
+            raise not_finite(missing, *(weight.isfinite().logical_not_()).nonzero()[0].tolist())
         row_offsets = torch.zeros(len(weight) + 1, dtype=torch.int64, device=weight.device)
         torch.cumsum(kept.sum(dim=1), dim=0, out=row_offsets[1:])
         return cls(values, pack_bits(kept), row_offsets, weight.shape[1])
@@ -62,8 +61,8 @@ class Bitmap:
         """True where a weight is kept [out_features, in_features] bool."""
         return unpack_bits(self.bitmap, self.in_features)
 
-    def validate_shapes(self) -> None:
-        """The part of `validate` that looks at no row: shapes, dtypes, devices, where the offsets start and end."""
+    def validate_sizes(self) -> None:
+        """The part of `validate` that reads no element: shapes, dtypes, devices."""
         if self.values.dim() != 1 or self.values.dtype not in DTYPES:
             raise ValueError(
                 "values must be [kept] of bfloat16, float16 or float32, "
@@ -87,6 +86,10 @@ class Bitmap:
                 "values, bitmap and row_offsets must be on one device, "
                 f"got {self.values.device}, {self.bitmap.device} and {self.row_offsets.device}"
             )
+
+    def validate_shapes(self) -> None:
+        """The part of `validate` that looks at no row: its sizes, and where the offsets start and end."""
+        self.validate_sizes()
         first, last = self.row_offsets[0].item(), self.row_offsets[-1].item()
         if first != 0 or last != len(self.values):
             raise ValueError(f"row_offsets must run from 0 to the {len(self.values)} values, got {first} to {last}")
@@ -127,6 +130,11 @@ class Bitmap:
     @property
     def nbytes(self) -> int:
         return self.values.nbytes + self.bitmap.nbytes + self.row_offsets.nbytes
+
+
+def not_finite(missing: int, row: int, column: int) -> ValueError:
+    """What is wrong with a weight of which `missing` values are not finite, the first of them in this place."""
+    return ValueError(f"weight holds {missing} NaN or infinite values, the first in row {row}, column {column}")
 
 
 def pack_bits(kept: Tensor) -> Tensor:

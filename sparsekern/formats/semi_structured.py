@@ -32,7 +32,7 @@ class SemiStructured:
         Raises ValueError when a group of four holds more than two nonzeros, naming row and columns, and on NaN or inf.
         """
         if not weight.isfinite().all():
-            raise ValueError(f"weight holds {int((~weight.isfinite()).sum())} NaN or infinite values")
+            raise not_finite(int((~weight.isfinite()).sum()))
         out_features, in_features = weight.shape
         if in_features % 4:
             raise ValueError(f"not 2:4: in_features must be a multiple of 4, got {in_features}")
@@ -70,8 +70,8 @@ class SemiStructured:
         dense = self.values.new_zeros(out_features, in_features // 4, 4)
         return dense.scatter(2, positions, self.values.unflatten(1, (-1, 2))).flatten(1)
 
-    def validate(self) -> None:
-        """Raises ValueError when the tensors cannot be a 2:4 weight: sizes, dtypes, positions."""
+    def validate_sizes(self) -> None:
+        """The part of `validate` that reads no element: sizes and dtypes."""
         if self.in_features % 4 or self.in_features < 0:
             raise ValueError(f"in_features must be a multiple of 4, got {self.in_features}")
         if self.values.dim() != 2 or self.values.shape[1] != self.in_features // 2:
@@ -81,6 +81,10 @@ class SemiStructured:
         words = [len(self.values), -(-self.in_features // 16)]
         if self.metadata.dtype != torch.int16 or list(self.metadata.shape) != words:
             raise ValueError(f"metadata must be int16 {words}, got {self.metadata.dtype} {list(self.metadata.shape)}")
+
+    def validate(self) -> None:
+        """Raises ValueError when the tensors cannot be a 2:4 weight: sizes, dtypes, positions."""
+        self.validate_sizes()
         # two groups a byte: 4 + second - first - 1 keeps bit 2 where first < second, and borrows from no neighbour
         pairs = self.metadata.contiguous().view(torch.uint8)
         rising = ((((pairs >> 2) & 0x33) | 0x44) - (pairs & 0x33) - 0x11) & 0x44
@@ -113,10 +117,20 @@ def _refuse_crowded(groups: Tensor) -> None:
     crowded = (counts > 2).nonzero()
     if len(crowded):
         row, group = crowded[0].tolist()
-        raise ValueError(
-            f"not 2:4: row {row}, columns {4 * group}..{4 * group + 3} hold {counts[row, group]} nonzeros; "
-            f'prune with pattern "2:4" first ({len(crowded)} groups like this)'
-        )
+        raise not_24(row, group, int(counts[row, group]), len(crowded))
+
+
+def not_24(row: int, group: int, nonzeros: int, groups: int) -> ValueError:
+    """What is wrong with a weight of which `groups` groups hold too many nonzeros, the first of them this one."""
+    return ValueError(
+        f"not 2:4: row {row}, columns {4 * group}..{4 * group + 3} hold {nonzeros} nonzeros; "
+        f'prune with pattern "2:4" first ({groups} groups like this)'
+    )
+
+
+def not_finite(missing: int) -> ValueError:
+    """What is wrong with a weight of which `missing` values are not finite."""
+    return ValueError(f"weight holds {missing} NaN or infinite values")
 
 
 def _as_int16(words: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from sparsekern.ops import (
     linear_bitmap_index,
     linear_bitmap_int8,
     linear_dense,
+    pack_24,
 )
 
 Packed = SemiStructured | Bitmap | BitmapInt8 | Dense
@@ -25,7 +26,7 @@ LINEAR_KERNELS = {
 }
 
 # of the formats whose conversion is an op, the op; the others convert themselves
-_CONVERSIONS = {Bitmap: bitmap_rows}
+_CONVERSIONS = {Bitmap: bitmap_rows, SemiStructured: pack_24}
 
 
 def pack(weight: Tensor, format: type[Packed]) -> Packed:

@@ -1,14 +1,18 @@
 """bitmap_rows: a weight from dense to packed as it is saved (formats/bitmap.py), back, and checked.
 
-Bitmap itself is the reference. The compiled kernels read each byte of the dense weight twice to pack it, and count a
-row's ones before they believe what it says of itself: the kept values of a row that lies are neither read nor written.
-Only then is the whole weight looked at again by Bitmap.validate, for its words.
+Bitmap itself is the reference. The compiled CPU kernels read each byte of the dense weight twice to pack it, and count
+a row's ones before they believe what it says of itself: the kept values of a row that lies are neither read nor
+written. Only then is the whole weight looked at again by Bitmap.validate, for its words.
+
+On a card the first kernel reads the weight and writes bits and rows' counts, torch sums those up, and the second reads
+the weight again for its values, of which the host must know the number between the two: it waits once. The inverse is
+one kernel, which counts too, and leaves whether to believe what it wrote.
 """
 
 import torch
 from torch import Tensor
 
-from sparsekern.formats.bitmap import DTYPES, Bitmap
+from sparsekern.formats.bitmap import DTYPES, Bitmap, not_finite
 from sparsekern.ops import compiled
 from sparsekern.ops.kernel import Kernel, never_refuses, pick
 
@@ -31,6 +35,8 @@ def to_dense(packed: Bitmap, isa: str = "") -> Tensor:
 
     Raises ValueError, as Bitmap.validate does, when the parts of `packed` contradict each other.
     """
+    if not _cuda_refuses(packed.values):
+        return _to_dense_cuda(packed)
     if _cpu_refuses(packed.values):
         packed.validate()
         return packed.to_dense()
@@ -80,6 +86,9 @@ def bits(weight: Tensor, isa: str = "") -> tuple[Tensor, Tensor] | None:
     """
     if not _pack_refuses(weight):
         return _bits_cpu(_by_rows(weight), isa)
+    if not _pack_cuda_refuses(weight):
+        bitmap, row_offsets, (missing, _, _) = _bits_cuda(_by_rows(weight))
+        return None if missing else (bitmap, row_offsets)
     try:
         packed = Bitmap.pack(weight)
     except ValueError:
@@ -132,6 +141,143 @@ def _pack_cpu(weight: Tensor, isa: str = "") -> Bitmap:
     return packed
 
 
+def _bits_cuda(weight: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """The bitmap, the row_offsets, and: how many weights are not finite, how far from the end of the bitmap the first
+    byte with one is, how many weights are kept.
+    """
+    bitmap, counts, status = torch.ops.sparsekern.bitmap_bits(weight)
+    row_offsets = torch.zeros(len(weight) + 1, dtype=torch.int64, device=weight.device)
+    torch.cumsum(counts, dim=0, out=row_offsets[1:])
+    return bitmap, row_offsets, torch.cat([status, row_offsets[-1:]]).tolist()
+
+
+def _pack_cuda(weight: Tensor) -> Bitmap:
+    weight = _by_rows(weight)
+    bitmap, row_offsets, (missing, behind, kept) = _bits_cuda(weight)
+    if missing:
+        row, byte = divmod(bitmap.numel() - behind, bitmap.shape[1])
+        first = int((~weight[row, 8 * byte : 8 * byte + 8].isfinite()).nonzero()[0])
+        raise not_finite(missing, row, 8 * byte + first)
+    values = torch.ops.sparsekern.bitmap_values(weight, bitmap, row_offsets, kept)
+    return Bitmap(values, bitmap, row_offsets, weight.shape[1])
+
+
+def _to_dense_cuda(packed: Bitmap) -> Tensor:
+    packed.validate_sizes()
+    parts = (part.contiguous() for part in (packed.values, packed.bitmap, packed.row_offsets))
+    dense, status = torch.ops.sparsekern.bitmap_to_dense(*parts, packed.in_features)
+    if int(status):
+        packed.validate()
+        raise RuntimeError("the bitmap changed while it was read")
+    return dense
+
+
+def _bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    out_features, in_features = weight.shape
+    bitmap, counts, status = _bits_fake(weight)
+    # a launch goes to the current device
+    with torch.cuda.device(weight.device):
+        compiled.cuda().bitmap_bits(
+            dense=weight.data_ptr(),
+            stride=weight.stride(0),
+            dtype=str(weight.dtype).removeprefix("torch."),
+            bitmap=bitmap.data_ptr(),
+            bitmap_size=bitmap.numel(),
+            counts=counts.data_ptr(),
+            counts_size=counts.numel(),
+            status=status.data_ptr(),
+            status_size=status.numel(),
+            out_features=out_features,
+            in_features=in_features,
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+    return bitmap, counts, status
+
+
+def _bits_fake(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    out_features, in_features = weight.shape
+    return (
+        weight.new_empty(out_features, -(-in_features // 8), dtype=torch.uint8),
+        weight.new_empty(out_features, dtype=torch.int64),
+        weight.new_zeros(2, dtype=torch.int64),
+    )
+
+
+def _values(weight: Tensor, bitmap: Tensor, row_offsets: Tensor, kept: int) -> Tensor:
+    out_features, in_features = weight.shape
+    values = weight.new_empty(kept)
+    with torch.cuda.device(weight.device):
+        compiled.cuda().bitmap_values(
+            dense=weight.data_ptr(),
+            stride=weight.stride(0),
+            dtype=str(weight.dtype).removeprefix("torch."),
+            bitmap=bitmap.data_ptr(),
+            bitmap_size=bitmap.numel(),
+            row_offsets=row_offsets.data_ptr(),
+            row_offsets_size=row_offsets.numel(),
+            values=values.data_ptr(),
+            values_size=values.numel(),
+            out_features=out_features,
+            in_features=in_features,
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+    return values
+
+
+def _values_fake(weight: Tensor, bitmap: Tensor, row_offsets: Tensor, kept: int) -> Tensor:
+    return weight.new_empty(kept)
+
+
+def _dense(values: Tensor, bitmap: Tensor, row_offsets: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
+    dense, status = _dense_fake(values, bitmap, row_offsets, in_features)
+    with torch.cuda.device(values.device):
+        compiled.cuda().bitmap_to_dense(
+            values=values.data_ptr(),
+            values_size=values.numel(),
+            dtype=str(values.dtype).removeprefix("torch."),
+            bitmap=bitmap.data_ptr(),
+            bitmap_size=bitmap.numel(),
+            row_offsets=row_offsets.data_ptr(),
+            row_offsets_size=row_offsets.numel(),
+            dense=dense.data_ptr(),
+            dense_size=dense.numel(),
+            status=status.data_ptr(),
+            status_size=status.numel(),
+            out_features=len(dense),
+            in_features=in_features,
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+    return dense, status
+
+
+def _dense_fake(values: Tensor, bitmap: Tensor, row_offsets: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
+    return values.new_empty(row_offsets.shape[0] - 1, in_features), values.new_zeros(1, dtype=torch.int64)
+
+
+_LIBRARY = torch.library.Library("sparsekern", "FRAGMENT")
+# status is what csrc/cuda/ops.h says; who asks it waits for the card
+_LIBRARY.define("bitmap_bits(Tensor weight) -> (Tensor bitmap, Tensor counts, Tensor status)")
+_LIBRARY.define("bitmap_values(Tensor weight, Tensor bitmap, Tensor row_offsets, SymInt kept) -> Tensor")
+_LIBRARY.define(
+    "bitmap_to_dense(Tensor values, Tensor bitmap, Tensor row_offsets, int in_features) "
+    "-> (Tensor dense, Tensor status)"
+)
+_LIBRARY.impl("bitmap_bits", _bits, "CUDA")
+_LIBRARY.impl("bitmap_values", _values, "CUDA")
+_LIBRARY.impl("bitmap_to_dense", _dense, "CUDA")
+torch.library.register_fake("sparsekern::bitmap_bits", _bits_fake, lib=_LIBRARY)
+torch.library.register_fake("sparsekern::bitmap_values", _values_fake, lib=_LIBRARY)
+torch.library.register_fake("sparsekern::bitmap_to_dense", _dense_fake, lib=_LIBRARY)
+
+
+def _cuda_refuses(weight: Tensor) -> str | None:
+    if weight.device.type != "cuda":
+        return f"the weight must be on a CUDA device, got {weight.device}"
+    if weight.dtype not in DTYPES:
+        return f"the weight must be bfloat16, float16 or float32, got {weight.dtype}"
+    return compiled.why_not("cuda")
+
+
 def _cpu_refuses(weight: Tensor) -> str | None:
     if weight.device.type != "cpu":
         return f"the weight must be on the CPU, got {weight.device}"
@@ -146,8 +292,20 @@ def _pack_refuses(weight: Tensor) -> str | None:
     return _cpu_refuses(weight)
 
 
+def _pack_cuda_refuses(weight: Tensor) -> str | None:
+    if weight.dim() != 2:
+        return f"the weight must have 2 dimensions, got {weight.dim()}"
+    if max(weight.shape) >= 1 << 31:
+        return f"rows and columns must be fewer than 2^31, got {list(weight.shape)}"
+    return _cuda_refuses(weight)
+
+
 def _threads() -> int:
     return torch.get_num_threads()
 
 
-KERNELS = (Kernel("cpu", _pack_cpu, _pack_refuses), Kernel("reference", reference, never_refuses))
+KERNELS = (
+    Kernel("cpu", _pack_cpu, _pack_refuses),
+    Kernel("cuda", _pack_cuda, _pack_cuda_refuses),
+    Kernel("reference", reference, never_refuses),
+)

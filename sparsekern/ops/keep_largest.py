@@ -1,8 +1,9 @@
 """keep_largest: the mask of the largest saliencies of each set, counted exactly.
 
 The threshold is selected, not sorted for: by radix select on the floats' bit pattern, which orders them as their values
-do, on the CPU and, for one set, on a card. Of equal saliencies the lower index is kept, so that the same input always
-gives the same mask.
+do, on the CPU and, for one set, on a card. There each saliency of a small set, as N:M has them, is compared with the
+others: it is kept where few enough come before it. Of equal saliencies the lower index is kept, so that the same input
+always gives the same mask.
 """
 
 import math
@@ -63,6 +64,66 @@ def _cpu_refuses(saliency: Tensor) -> str | None:
     return compiled.why_not("cpu")
 
 
+# saliencies of a set that the CUDA kernel takes
+_SMALL = (2, 4, 8, 16)
+
+
+def _cuda(saliency: Tensor, kept: Tensor) -> Tensor:
+    if kept.device.type == "cpu":
+        check(saliency, kept)
+        # one count that serves all sets is not written out
+        kept = kept[:1].to(saliency.device).expand(len(kept)) if kept.stride(0) == 0 else kept.to(saliency.device)
+    saliency = saliency.contiguous()
+    if saliency.data_ptr() % 16:
+        saliency = saliency.clone()
+    mask, status = torch.ops.sparsekern.keep_largest(saliency, kept)
+    missing, impossible = status.tolist()
+    refuse_nan(missing)
+    if impossible:
+        check(saliency, kept)
+    return mask
+
+
+def _cuda_refuses(saliency: Tensor) -> str | None:
+    if saliency.device.type != "cuda":
+        return f"saliency must be on a CUDA device, got {saliency.device}"
+    if saliency.dtype != torch.float32:
+        return f"saliency must be float32, got {saliency.dtype}"
+    if saliency.shape[1] not in _SMALL:
+        return f"a set must have 2, 4, 8 or 16 saliencies, got {saliency.shape[1]}"
+    return compiled.why_not("cuda")
+
+
+def _keep_largest(saliency: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    mask, status = _keep_largest_fake(saliency, kept)
+    # a launch goes to the current device
+    with torch.cuda.device(saliency.device):
+        compiled.cuda().keep_largest(
+            saliency=saliency.data_ptr(),
+            kept=kept.data_ptr(),
+            kept_stride=kept.stride(0),
+            mask=mask.data_ptr(),
+            mask_size=mask.numel(),
+            status=status.data_ptr(),
+            status_size=status.numel(),
+            sets=saliency.shape[0],
+            size=saliency.shape[1],
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+    return mask, status
+
+
+def _keep_largest_fake(saliency: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    return saliency.new_empty(saliency.shape, dtype=torch.bool), saliency.new_zeros(2, dtype=torch.int64)
+
+
+_LIBRARY = torch.library.Library("sparsekern", "FRAGMENT")
+# status is what csrc/cuda/ops.h says; who asks it waits for the card
+_LIBRARY.define("keep_largest(Tensor saliency, Tensor kept) -> (Tensor mask, Tensor status)")
+_LIBRARY.impl("keep_largest", _keep_largest, "CUDA")
+torch.library.register_fake("sparsekern::keep_largest", _keep_largest_fake, lib=_LIBRARY)
+
+
 def check(saliency: Tensor, kept: Tensor) -> None:
     """Raises ValueError unless the counts fit the sets."""
     sets, size = saliency.shape
@@ -99,6 +160,7 @@ def _triton_refuses(saliency: Tensor) -> str | None:
 
 
 KERNELS = (
+    Kernel("cuda", _cuda, _cuda_refuses),
     Kernel("triton", _triton, _triton_refuses),
     Kernel("cpu", _cpu, _cpu_refuses),
     Kernel("reference", reference, never_refuses),
