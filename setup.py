@@ -9,6 +9,8 @@ SPARSEKERN_BUILD    auto     build what can be built, warn and go on without the
                     none     build nothing: the reference ops serve
 CXX CXXFLAGS LDFLAGS         the C++ compiler (default: the first of g++, clang++, c++) and what is added to its flags
 CUDA_HOME                    the only place to look for nvcc (default: PATH, then /usr/local/cuda)
+SPARSEKERN_CUDA_ARCHS        the cards to build for, as nvcc names them: "90a" or "80 90a" (default: all below). PTX for
+                             newer cards comes with them where 80 is among them
 CUTLASS_HOME                 a folder with CUTLASS's include/ (default: the installed package nvidia-cutlass)
 """
 
@@ -120,18 +122,22 @@ def nvcc() -> str:
 
 
 def cuda_targets(compiler: str) -> list[str]:
-    """One -gencode for each card this nvcc knows, and one for the PTX."""
+    """One -gencode for each card that is asked for and this nvcc knows, and one for the PTX."""
+    asked = re.findall(r"[^\s,;]+", os.environ.get("SPARSEKERN_CUDA_ARCHS", "")) or CUDA_ARCHS
+    if unknown := [arch for arch in asked if not re.fullmatch(r"\d{2,3}[af]?", arch)]:
+        raise CannotBuildError(f'SPARSEKERN_CUDA_ARCHS must be like "90a" or "80 90a", got {unknown[0]!r}')
     known = []
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "empty.cu")
         source.write_text("")
-        for arch in CUDA_ARCHS:
+        for arch in asked:
             gencode = f"-gencode=arch=compute_{arch},code=sm_{arch}"
             if run([compiler, "--dryrun", gencode, "-c", str(source), "-o", str(Path(folder, "empty.o"))])[0] == 0:
                 known.append(gencode)
     if not known:
-        raise CannotBuildError(f"{compiler} knows none of sm_{', sm_'.join(CUDA_ARCHS)}")
-    return [*known, f"-gencode=arch=compute_{CUDA_PTX},code=compute_{CUDA_PTX}"]
+        raise CannotBuildError(f"{compiler} knows none of sm_{', sm_'.join(asked)}")
+    ptx = [f"-gencode=arch=compute_{CUDA_PTX},code=compute_{CUDA_PTX}"] if CUDA_PTX in asked else []
+    return [*known, *ptx]
 
 
 def headers(build: Path) -> list[str]:

@@ -24,6 +24,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+# the package lies beside bench/, installed or not
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from card import correctness, report, stages
@@ -173,7 +175,8 @@ def work_as(stage: str, device: str, pipe: int) -> int:
 
 def check(record: Record, build_seconds: float, test_seconds: float, tiny: bool) -> None:
     """The build, the tests, the sanitizer."""
-    for rows in (correctness.build(build_seconds), correctness.run(test_seconds, tiny)):
+    built = correctness.build(build_seconds, record.where.get("capability"))
+    for rows in (built, correctness.run(test_seconds, tiny)):
         for row in rows:
             add(record, row)
         record.write()

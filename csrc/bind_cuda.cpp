@@ -1,5 +1,5 @@
 // sparsekern._cuda: the ops of cuda/ops.h for Python. Addresses and the stream come as integers; a launch that fails is
-// raised with the runtime's own words.
+// raised with its rule and its remedy (cuda/launch_error.h).
 
 #include <pybind11/pybind11.h>
 

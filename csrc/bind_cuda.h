@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/launch_error.h"
 #include "cuda/ops.h"
 
 namespace py = pybind11;
@@ -21,7 +22,7 @@ inline void check(bool right, const std::string& message) {
 }
 
 inline void raise(const char* op, cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(error));
+  if (error != cudaSuccess) throw std::runtime_error(sparsekern::cuda::launch_error(op, error));
 }
 
 inline bool on_16_bytes(uintptr_t address) { return address % 16 == 0; }

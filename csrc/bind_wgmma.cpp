@@ -1,5 +1,5 @@
 // sparsekern._wgmma: the op of wgmma/ops.h for Python. Addresses and the stream come as integers; a launch that fails is
-// raised with the runtime's own words.
+// raised with its rule and its remedy (cuda/launch_error.h).
 
 #include <pybind11/pybind11.h>
 
@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/launch_error.h"
 #include "ops.h"
 #include "wgmma/ops.h"
 
@@ -45,7 +46,7 @@ void linear_24(uintptr_t x, int64_t x_size, uintptr_t values, int64_t values_siz
   const cudaError_t error = sparsekern::wgmma::linear_24(
       at(x), at(values), at(metadata), at(bias), reinterpret_cast<void*>(y), static_cast<int>(tokens),
       static_cast<int>(out_features), static_cast<int>(in_features), reinterpret_cast<CUstream_st*>(stream));
-  if (error != cudaSuccess) throw std::runtime_error(std::string("linear_24_wgmma: ") + cudaGetErrorString(error));
+  if (error != cudaSuccess) throw std::runtime_error(sparsekern::cuda::launch_error("linear_24_wgmma", error));
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import re
 from pathlib import Path
 
@@ -88,6 +89,8 @@ def test_every_architecture_that_the_compiler_knows_is_there_and_ptx_for_those_t
     elf, ptx = sass.architectures(*module)
     flags = " ".join(json.loads((PACKAGE / "_build.json").read_text())["cuda"]["flags"])
     assert set(re.findall(r"code=(sm_\w+)", flags)) <= elf
+    if os.environ.get("SPARSEKERN_CUDA_ARCHS"):
+        pytest.skip("it was built for the cards of SPARSEKERN_CUDA_ARCHS")
     assert ptx == {"sm_80"}
     # CUDA 12.8 is the first to know sm_120
     if "release 13" in json.loads((PACKAGE / "_build.json").read_text())["cuda"]["compiler"]:

@@ -302,3 +302,14 @@ def test_without_a_card_nothing_is_run_and_it_says_so(tmp_path):
     assert ran.returncode == 1
     assert "no card was found" in ran.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_build_on_the_spot_is_for_the_card_that_is_there(monkeypatch):
+    from card import correctness
+
+    monkeypatch.delenv("SPARSEKERN_CUDA_ARCHS", raising=False)
+    assert correctness.for_card([9, 0])["SPARSEKERN_CUDA_ARCHS"] == "90a"
+    assert correctness.for_card([8, 6])["SPARSEKERN_CUDA_ARCHS"] == "86"
+    assert "SPARSEKERN_CUDA_ARCHS" not in correctness.for_card(None)
+    monkeypatch.setenv("SPARSEKERN_CUDA_ARCHS", "80 90a")
+    assert correctness.for_card([9, 0])["SPARSEKERN_CUDA_ARCHS"] == "80 90a"

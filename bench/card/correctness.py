@@ -3,6 +3,7 @@
 The tests, in several processes, and both of the sanitizer's tools run at once: nothing is timed meanwhile.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -30,20 +31,33 @@ TOOLS = ("memcheck", "racecheck")
 OUTCOME = re.compile(r"^(\S+::.+?) (PASSED|FAILED|SKIPPED|ERROR|XFAIL)\b", re.MULTILINE)
 
 
-def build(seconds: float) -> Iterator[Json]:
-    """One row: whether the compiled modules are there, built now where they were not."""
+def build(seconds: float, capability: list[int] | None = None) -> Iterator[Json]:
+    """One row: whether the compiled modules are there, built now where they were not.
+
+    capability  the card's, major and minor: what is built now is for that card alone; None: for every card
+    """
     start = time.monotonic()
     before, log = why_not_built(), ""
     if before:
         command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
         try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(seconds, 1))
+            done = subprocess.run(
+                command, cwd=ROOT, env=for_card(capability), capture_output=True, text=True, timeout=max(seconds, 1)
+            )
             log = done.stdout + done.stderr
         except subprocess.TimeoutExpired:
             log = f"the build was stopped after {seconds:.0f} s"
     missing = why_not_built() if before else ""
     row = {"stage": "build", "built_now": bool(before), "took": round(time.monotonic() - start, 1)}
     yield {**row, "error": f"{missing}; {log[-1500:]}"} if missing else row
+
+
+def for_card(capability: list[int] | None) -> dict[str, str]:
+    """The environment of a build. With Hopper, nvcc's a says that its own instructions may be used."""
+    if capability is None or "SPARSEKERN_CUDA_ARCHS" in os.environ:
+        return with_path()
+    major, minor = capability
+    return with_path() | {"SPARSEKERN_CUDA_ARCHS": f"{major}{minor}" + "a" * (major == 9)}
 
 
 def why_not_built() -> str:

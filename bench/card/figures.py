@@ -5,7 +5,7 @@ from pathlib import Path
 from card.targets import Json
 
 COLOURS = {"2:4": "tab:blue", "50%": "tab:green", "60%": "tab:olive", "70%": "tab:orange"}
-LINES = {"cuSPARSELt": ":", "cusparselt": "-.", "expand": "--"}
+LINES = {"cuSPARSELt": ":", "cusparselt": "-.", "cuda_expanded": "--"}
 
 
 def draw(data: Json, path: Path) -> list[Path]:

@@ -6,7 +6,7 @@ One row for each shape and number of tokens; all its variants alternate:
     compiled          torch.compile'd, where asked for
     2:4 NAME          each of linear_24's kernels that serves the weight on this card
     2:4 cuSPARSELt    torch's product with the algorithm that the library's search finds best for this row
-    2:4 expand        the kernel's weight made dense into a scratch, then cuBLAS
+                      cuda_expanded is the kernel's weight made dense into a scratch, then cuBLAS
     50% NAME, ...     the same of linear_bitmap
 
 Each is checked against float64 before it is timed. The weights are random: zeros run faster.
@@ -80,8 +80,8 @@ def measure(facts: Json, tokens: Iterable[int], setting: Setting, compiled: bool
         errors: dict[str, str] = {}
         if compiled:
             add_baseline(here, COMPILED, weight, count, "compiled", refused, errors)
-        elif "2:4 expand" in here:
-            add_baseline(here, CUSPARSELT, variants["2:4 expand"].weight, count, "2:4 cuSPARSELt", refused, errors)
+        elif two_of_four := next((variant for name, variant in variants.items() if name.startswith("2:4 ")), None):
+            add_baseline(here, CUSPARSELT, two_of_four.weight, count, "2:4 cuSPARSELt", refused, errors)
         wrong = dict(errors_of({name: check(variant, x) for name, variant in here.items()}))
         ready = {name: bind(variant, x) for name, variant in here.items() if name not in wrong}
         operations = 2 * count * shape[0] * shape[1]
@@ -130,12 +130,11 @@ def prune_at_random(weight: Tensor, sparsity: float) -> Tensor:
 
 
 def sparse_variants(weight: Tensor, copies: int, refused: dict[str, str]) -> Iterator[tuple[str, Variant]]:
-    """Every kernel that serves the weight pruned in each way, and each expansion; why others do not, in `refused`."""
+    """Every kernel that serves the weight pruned in each way; why others do not, in `refused`."""
     pruned = {"2:4": (SemiStructured, keep_two_of_four(weight))}
     pruned |= {f"{sparsity:.0%}": (Bitmap, prune_at_random(weight, sparsity)) for sparsity in SPARSITIES}
     for label, (format, zeros) in pruned.items():
         packed = ops.pack(zeros, format)
-        first = None
         for kernel in LINEAR_KERNELS[format]:
             name = f"{label} {kernel.name}"
             if kernel.name == "reference":
@@ -149,16 +148,7 @@ def sparse_variants(weight: Tensor, copies: int, refused: dict[str, str]) -> Ite
             def run(x: Tensor, number: int, kernel=kernel, copied=copied) -> Tensor:
                 return kernel.run(x, copied[number], None, *weight.shape)
 
-            nbytes = sum(t.nbytes for t in operands)
-            yield name, Variant(zeros, run, nbytes)
-            first = first or (kernel, copied, nbytes)
-        if first:
-
-            def expand(x: Tensor, number: int, first=first) -> Tensor:
-                kernel, copied, _ = first
-                return F.linear(x, kernel.dense(copied[number], *weight.shape))
-
-            yield f"{label} expand", Variant(zeros, expand, first[2])
+            yield name, Variant(zeros, run, sum(t.nbytes for t in operands))
 
 
 def add_baseline(

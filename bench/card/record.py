@@ -20,7 +20,7 @@ facts = machine()
 if torch.cuda.is_available():
     card = torch.cuda.get_device_properties(0)
     facts["multiprocessors"], facts["memory_bytes"] = card.multi_processor_count, card.total_memory
-    facts["l2_bytes"] = card.L2_cache_size
+    facts["l2_bytes"], facts["capability"] = card.L2_cache_size, [card.major, card.minor]
 print(json.dumps(facts))
 """
 

@@ -38,7 +38,7 @@ STAGES = (
     Stage("ceilings", 15, "card.ceilings"),
     Stage("layers llama-3-8b", 75, "card.layers", _layers("llama-3-8b")),
     Stage("conversions", 20, "card.conversions"),
-    Stage("solver", 45, "card.solver"),
+    Stage("solver", 60, "card.solver"),
     Stage("model", 90, "card.model"),
     Stage("layers llama-3.2-1b", 30, "card.layers", _layers("llama-3.2-1b", few=True), tiny=False),
     Stage("layers llama-3-70b", 60, "card.layers", _layers("llama-3-70b", few=True), tiny=False),

@@ -11,7 +11,7 @@ Json = dict
 NOT_MEASURED = "not measured"
 LARGE_BYTES = 100e6
 # of the variants' names, those that are not kernels of ours
-NOT_OURS = ("cusparselt", "cuSPARSELt", "expand")
+NOT_OURS = ("cusparselt", "cuSPARSELt", "cuda_expanded")
 
 
 @dataclass(frozen=True)

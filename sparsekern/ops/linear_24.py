@@ -124,14 +124,7 @@ def _launch(
 def _linear_24_cuda(
     x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, out_features: int, in_features: int
 ) -> Tensor:
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(f"x must end with in_features = {in_features}, got shape {list(x.shape)}")
-    for name, tensor in (("x", x), ("bias", bias)):
-        if tensor is not None and (tensor.dtype, tensor.device) != (values.dtype, values.device):
-            raise ValueError(
-                f"{name} must be {values.dtype} on {values.device} as the weight is, "
-                f"got {tensor.dtype} on {tensor.device}"
-            )
+    _check_cuda(x, values, bias, in_features)
     tokens = x.shape[:-1].numel()
     # not a view: autograd lets nobody write to one that an op has returned
     y = x.new_empty(*x.shape[:-1], out_features)
@@ -141,6 +134,24 @@ def _linear_24_cuda(
     with torch.cuda.device(x.device):
         multiply(x.reshape(tokens, in_features).contiguous(), (values, metadata), bias, y.view(tokens, out_features))
     return y
+
+
+def _linear_24_expanded(
+    x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, out_features: int, in_features: int
+) -> Tensor:
+    _check_cuda(x, values, bias, in_features)
+    return linear(x, dense_cuda((values, metadata), out_features, in_features), bias)
+
+
+def _check_cuda(x: Tensor, values: Tensor, bias: Tensor | None, in_features: int) -> None:
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x must end with in_features = {in_features}, got shape {list(x.shape)}")
+    for name, tensor in (("x", x), ("bias", bias)):
+        if tensor is not None and (tensor.dtype, tensor.device) != (values.dtype, values.device):
+            raise ValueError(
+                f"{name} must be {values.dtype} on {values.device} as the weight is, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
 
 
 def _linear_24_fake(
@@ -161,13 +172,13 @@ def _backward_cuda(ctx, g: Tensor) -> tuple:
 
 
 _LIBRARY = torch.library.Library("sparsekern", "FRAGMENT")
-_LIBRARY.define(
-    "linear_24_cuda(Tensor x, Tensor values, Tensor metadata, Tensor? bias, int out_features, int in_features) "
-    "-> Tensor"
-)
-_LIBRARY.impl("linear_24_cuda", _linear_24_cuda, "CUDA")
-torch.library.register_fake("sparsekern::linear_24_cuda", _linear_24_fake, lib=_LIBRARY)
-torch.library.register_autograd("sparsekern::linear_24_cuda", _backward_cuda, setup_context=_keep, lib=_LIBRARY)
+for _name, _implementation in (("linear_24_cuda", _linear_24_cuda), ("linear_24_expanded", _linear_24_expanded)):
+    _LIBRARY.define(
+        f"{_name}(Tensor x, Tensor values, Tensor metadata, Tensor? bias, int out_features, int in_features) -> Tensor"
+    )
+    _LIBRARY.impl(_name, _implementation, "CUDA")
+    torch.library.register_fake(f"sparsekern::{_name}", _linear_24_fake, lib=_LIBRARY)
+    torch.library.register_autograd(f"sparsekern::{_name}", _backward_cuda, setup_context=_keep, lib=_LIBRARY)
 
 
 def run_cuda(
@@ -177,13 +188,20 @@ def run_cuda(
     return torch.ops.sparsekern.linear_24_cuda(x, *operands, bias, out_features, in_features)
 
 
+def run_expanded(
+    x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, out_features: int, in_features: int
+) -> Tensor:
+    """The same by torch's own linear, with the dense weight that each call makes and frees; NaN and inf reach all."""
+    return torch.ops.sparsekern.linear_24_expanded(x, *operands, bias, out_features, in_features)
+
+
 def dense_cuda(operands: tuple[Tensor, ...], out_features: int, in_features: int) -> Tensor:
     """The dense weight of what the CUDA kernel reads."""
     return fragments_24.reference_inverse(operands, out_features, in_features).to_dense()
 
 
 def cuda_refuses(packed: SemiStructured) -> str | None:
-    """Why run_cuda cannot serve a weight; None: it can."""
+    """Why run_cuda and run_expanded cannot serve a weight; None: they can."""
     if packed.device.type != "cuda":
         return f"the weight must be on a CUDA device, got {packed.device}"
     if packed.dtype not in _CUDA_NAMES:
@@ -246,6 +264,9 @@ KERNELS = (
         linear_bitmap.dense_cpu,
     ),
     Kernel("cuda", run_cuda, cuda_refuses, fragments_24.reference, fragments_24.reference_inverse, dense_cuda),
+    Kernel(
+        "cuda_expanded", run_expanded, cuda_refuses, fragments_24.reference, fragments_24.reference_inverse, dense_cuda
+    ),
     Kernel("wgmma", wgmma_24.run, wgmma_24.refuses, wgmma_24.prepare, wgmma_24.restore, wgmma_24.dense),
     Kernel(
         "cuda_bitmap",

@@ -251,7 +251,7 @@ def _run_reference(
 
 KERNELS = (
     Kernel("cpu", run_cpu, cpu_refuses, to_panels, from_panels, dense_cpu),
-    linear_bitmap_fragments.KERNELS[0],
+    *linear_bitmap_fragments.KERNELS[:-1],
     Kernel("cuda_rows", run_cuda, cuda_refuses, _as_saved, _from_saved, dense_from_saved),
     Kernel("reference", _run_reference, never_refuses, _as_saved, _from_saved, dense_from_saved),
 )

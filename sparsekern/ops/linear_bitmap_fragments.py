@@ -5,6 +5,7 @@ That order is bitmap_fragments.py's.
 A warp rebuilds fragments of 16 outputs x 16 inputs in registers, at about 3.8 instructions a dense weight, and
 multiplies each by up to 64 tokens: where the weight is read once from memory, the bytes that are left out are time that
 is saved. More tokens than `_DECODE_TOKENS` wait for arithmetic: the weight is expanded once for torch's own linear.
+Whether that is faster for fewer, a card knows: `cuda_expanded` does it for any number, so that a plan can measure it.
 
 NaN and inf in x reach every output, as in the dense product. The same bits every time on the same card.
 
@@ -43,8 +44,13 @@ def run(x: Tensor, operands: Fragments, bias: Tensor | None, out_features: int, 
     return torch.ops.sparsekern.linear_bitmap_fragments(x, *operands, bias, out_features, in_features)
 
 
+def run_expanded(x: Tensor, operands: Fragments, bias: Tensor | None, out_features: int, in_features: int) -> Tensor:
+    """The same for any number of tokens by torch's own linear, with the dense weight that each call makes and frees."""
+    return torch.ops.sparsekern.linear_bitmap_expanded(x, *operands, bias, out_features, in_features)
+
+
 def refuses(packed: Bitmap) -> str | None:
-    """Why `run` cannot serve a weight; None: it can."""
+    """Why `run` and `run_expanded` cannot serve a weight; None: they can."""
     if packed.device.type != "cuda":
         return f"the weight must be on a CUDA device, got {packed.device}"
     if packed.dtype not in _NAMES:
@@ -89,6 +95,34 @@ def _cuda(
     out_features: int,
     in_features: int,
 ) -> Tensor:
+    operands, tokens = (masks, cells, quad_rows, capacity), x.shape[:-1].numel()
+    if tokens > _DECODE_TOKENS:
+        return _expanded(x, *operands, bias, out_features, in_features)
+    _check(x, operands, bias, in_features)
+    # not a view: autograd lets nobody write to one that an op has returned
+    y = x.new_empty(*x.shape[:-1], out_features)
+    bias = None if bias is None else bias.contiguous()
+    _decode(x.reshape(tokens, in_features).contiguous(), operands, bias, y.view(tokens, out_features))
+    return y
+
+
+def _expanded(
+    x: Tensor,
+    masks: Tensor,
+    cells: Tensor,
+    quad_rows: Tensor,
+    capacity: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    operands = (masks, cells, quad_rows, capacity)
+    _check(x, operands, bias, in_features)
+    return linear(x, bitmap_fragments.to_dense(operands, out_features, in_features), bias)
+
+
+def _check(x: Tensor, operands: Fragments, bias: Tensor | None, in_features: int) -> None:
+    masks, _, _, capacity = operands
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"x must end with in_features = {in_features}, got shape {list(x.shape)}")
     for name, tensor in (("x", x), ("bias", bias)):
@@ -97,14 +131,6 @@ def _cuda(
                 f"{name} must be {capacity.dtype} on {masks.device} as the weight is, "
                 f"got {tensor.dtype} on {tensor.device}"
             )
-    operands, tokens = (masks, cells, quad_rows, capacity), x.shape[:-1].numel()
-    if tokens > _DECODE_TOKENS:
-        return linear(x, bitmap_fragments.to_dense(operands, out_features, in_features), bias)
-    # not a view: autograd lets nobody write to one that an op has returned
-    y = x.new_empty(*x.shape[:-1], out_features)
-    bias = None if bias is None else bias.contiguous()
-    _decode(x.reshape(tokens, in_features).contiguous(), operands, bias, y.view(tokens, out_features))
-    return y
 
 
 def _fake(
@@ -133,23 +159,19 @@ def _backward(ctx, g: Tensor) -> tuple:
 
 
 _LIBRARY = torch.library.Library("sparsekern", "FRAGMENT")
-_LIBRARY.define(
-    "linear_bitmap_fragments(Tensor x, Tensor masks, Tensor cells, Tensor quad_rows, Tensor capacity, Tensor? bias, "
-    "int out_features, int in_features) -> Tensor"
-)
-_LIBRARY.impl("linear_bitmap_fragments", _cuda, "CUDA")
-torch.library.register_fake("sparsekern::linear_bitmap_fragments", _fake, lib=_LIBRARY)
-torch.library.register_autograd("sparsekern::linear_bitmap_fragments", _backward, setup_context=_keep, lib=_LIBRARY)
+for _name, _implementation in (("linear_bitmap_fragments", _cuda), ("linear_bitmap_expanded", _expanded)):
+    _LIBRARY.define(
+        f"{_name}(Tensor x, Tensor masks, Tensor cells, Tensor quad_rows, Tensor capacity, Tensor? bias, "
+        "int out_features, int in_features) -> Tensor"
+    )
+    _LIBRARY.impl(_name, _implementation, "CUDA")
+    torch.library.register_fake(f"sparsekern::{_name}", _fake, lib=_LIBRARY)
+    torch.library.register_autograd(f"sparsekern::{_name}", _backward, setup_context=_keep, lib=_LIBRARY)
 
 
+_CONVERSIONS = (bitmap_fragments.reference, bitmap_fragments.reference_inverse)
 KERNELS = (
-    Kernel(
-        "cuda",
-        run,
-        refuses,
-        bitmap_fragments.reference,
-        bitmap_fragments.reference_inverse,
-        bitmap_fragments.to_dense,
-    ),
-    Kernel("reference", reference, never_refuses, bitmap_fragments.reference, bitmap_fragments.reference_inverse),
+    Kernel("cuda", run, refuses, *_CONVERSIONS, bitmap_fragments.to_dense),
+    Kernel("cuda_expanded", run_expanded, refuses, *_CONVERSIONS, bitmap_fragments.to_dense),
+    Kernel("reference", reference, never_refuses, *_CONVERSIONS),
 )

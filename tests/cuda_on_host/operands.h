@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "launch_error.h"
+
 class Operands {
  public:
   Operands(int argc, char** argv) : arguments_(argv, argv + argc) {
@@ -55,7 +57,9 @@ class Operands {
   // The exit status.
   int finish(cudaError_t error) const {
     if (error != cudaSuccess) {
-      std::fprintf(stderr, "launch failed: %s\n", cudaGetErrorString(error));
+      const std::string program = argument(0);
+      const std::string op = program.substr(program.rfind('/') + 1);
+      std::fprintf(stderr, "%s\n", sparsekern::cuda::launch_error(op, error).c_str());
       return 71;
     }
     for (const auto& [at, bytes] : results_) {
