@@ -1,4 +1,4 @@
-// The part of sparsekern._cpu that is on linear_bitmap_index: checks, casts the address, calls.
+// The part of sparsekern._cpu that is on linear_bitmap_index and linear_bitmap_int8_index: checks, casts the address, calls.
 
 #include "bind_linear.h"
 
@@ -7,36 +7,48 @@ namespace {
 
 int64_t windows_of(int64_t in_features) { return (in_features + kWindowInputs - 1) / kWindowInputs; }
 
+DType values_of(const std::string& name) {
+  check(name == "bfloat16" || name == "int8", "values must be bfloat16 or int8, got ", name);
+  return name == "int8" ? DType::kInt8 : DType::kBFloat16;
+}
+
 // A packed weight that lies where its tensors say: steps, masks, places, values, step_offsets, value_offsets.
 struct IndexWeight {
   BitmapIndexWeight weight;
   int64_t panels;
 
-  IndexWeight(const py::tuple& operands, int64_t out_features, int64_t in_features) {
+  IndexWeight(DType dtype, const py::tuple& operands, int64_t out_features, int64_t in_features)
+      : panels(panels_of(out_features)) {
     check_features(out_features, in_features);
-    check_operands(operands, 6);
+    check(operands.size() >= 6, "a weight of this op has 6 operands");
     const Memory steps("steps", operands[0]), masks("masks", operands[1]), places("places", operands[2]),
         values("values", operands[3]), step_offsets("step_offsets", operands[4]),
         value_offsets("value_offsets", operands[5]);
-    weight = {steps.as<uint16_t>(),       masks.as<uint64_t>(),        places.as<uint8_t>(), values.as<uint16_t>(),
-              step_offsets.as<int64_t>(), value_offsets.as<int64_t>(), out_features,         in_features};
-    panels = panels_of(out_features);
-    check(dtype_of(operands[3]) == DType::kBFloat16, "values must be bfloat16");
+    weight = {dtype,
+              steps.as<uint16_t>(),
+              masks.as<uint64_t>(),
+              places.as<uint8_t>(),
+              values.as<void>(),
+              step_offsets.as<int64_t>(),
+              value_offsets.as<int64_t>(),
+              out_features,
+              in_features};
+    const int64_t values_size = values.count(value_bytes(dtype));
     check_size("steps", steps.count(2), panels, windows_of(in_features));
     check_size("step_offsets", step_offsets.count(8), 1, panels + 1);
     check_size("value_offsets", value_offsets.count(8), 1, panels + 1);
-    check_size("places", places.bytes, 1, values.count(2));
+    check_size("places", places.bytes, 1, values_size);
     check_offsets("step_offsets", weight.step_offsets, panels, masks.count(8), "steps");
-    check_offsets("value_offsets", weight.value_offsets, panels, values.count(2) - kIndexTail, "kept values");
+    check_offsets("value_offsets", weight.value_offsets, panels, values_size - kIndexTail, "kept values");
   }
 };
 
 struct Rows {
   BitmapRows rows;
 
-  Rows(Address values, int64_t values_size, Address bitmap, int64_t bitmap_size, Address row_offsets,
-       int64_t row_offsets_size, int64_t out_features, int64_t in_features)
-      : rows{DType::kBFloat16,
+  Rows(const std::string& dtype, Address values, int64_t values_size, Address bitmap, int64_t bitmap_size,
+       Address row_offsets, int64_t row_offsets_size, int64_t out_features, int64_t in_features)
+      : rows{values_of(dtype),
              reinterpret_cast<const void*>(values),
              reinterpret_cast<const uint8_t*>(bitmap),
              reinterpret_cast<const int64_t*>(row_offsets),
@@ -71,8 +83,9 @@ int64_t steps_checked(const Rows& packed, Address steps, int64_t steps_size, Add
 void fill_checked(const Rows& packed, const IndexWeight& made, int threads) {
   check_threads(threads);
   check_size("values", made.weight.value_offsets[made.panels], 1, packed.rows.kept);
-  check(made.weight.out_features == packed.rows.out_features && made.weight.in_features == packed.rows.in_features,
-        "both must have the same shape");
+  check(made.weight.out_features == packed.rows.out_features && made.weight.in_features == packed.rows.in_features &&
+            made.weight.dtype == packed.rows.dtype,
+        "both must have the same shape and values");
   const int64_t windows = windows_of(made.weight.in_features);
   for (int64_t panel = 0; panel < made.panels; ++panel) {
     int64_t steps = 0;
@@ -83,7 +96,7 @@ void fill_checked(const Rows& packed, const IndexWeight& made, int threads) {
   py::gil_scoped_release release;
   bitmap_to_index(packed.rows,
                   {const_cast<uint16_t*>(made.weight.steps), const_cast<uint64_t*>(made.weight.masks),
-                   const_cast<uint8_t*>(made.weight.places), const_cast<uint16_t*>(made.weight.values),
+                   const_cast<uint8_t*>(made.weight.places), const_cast<void*>(made.weight.values),
                    const_cast<int64_t*>(made.weight.step_offsets), const_cast<int64_t*>(made.weight.value_offsets)},
                   threads);
 }
@@ -105,20 +118,39 @@ void linear_checked(const py::tuple& operands, int64_t out_features, int64_t in_
                     py::handle bias, py::handle y, int threads) {
   check_threads(threads);
   check(has_linear_bitmap_index(), "this machine does not have the instructions of linear_bitmap_index");
-  const BitmapIndexWeight weight = IndexWeight(operands, out_features, in_features).weight;
+  check_operands(operands, 6);
+  check(dtype_of(operands[3]) == DType::kBFloat16, "values must be bfloat16");
+  const BitmapIndexWeight weight = IndexWeight(DType::kBFloat16, operands, out_features, in_features).weight;
   const LinearTensors tensors(x, bias, y, DType::kBFloat16, out_features, in_features);
   call_linear(tensors, [&](auto... call) { return linear_bitmap_index(weight, call..., threads); });
+}
+
+// Behind the six operands of an index come scales and kind.
+void int8_linear_checked(const py::tuple& operands, int64_t out_features, int64_t in_features, py::handle x,
+                         py::handle bias, py::handle y, int threads) {
+  check_threads(threads);
+  check(has_linear_bitmap_int8_index(), "this machine does not have the instructions of linear_bitmap_int8_index");
+  check_operands(operands, 8);
+  const IndexWeight packed(DType::kInt8, operands, out_features, in_features);
+  const Memory scales("scales", operands[6]);
+  const Int8Kind kind(operands[7], in_features, kWindowInputs);
+  check_size("scales", scales.count(4), packed.panels * kPanelRows, kind.groups);
+  const Int8Scales scaled = {kind.dtype, scales.as<float>(), kind.group_size};
+  const LinearTensors tensors(x, bias, y, kind.dtype, out_features, in_features);
+  call_linear(tensors, [&](auto... call) { return linear_bitmap_int8_index(packed.weight, scaled, call..., threads); });
 }
 
 }  // namespace
 
 void bind_bitmap_index(py::module_& module) {
   py::class_<IndexWeight>(module, "BitmapIndexWeight", "Where the tensors of a packed weight lie; see csrc/ops.h. Keeps none of them.")
-      .def(py::init<const py::tuple&, int64_t, int64_t>(), py::arg("operands"), py::arg("out_features"),
-           py::arg("in_features"));
+      .def(py::init([](const std::string& dtype, const py::tuple& operands, int64_t out_features, int64_t in_features) {
+             return IndexWeight(values_of(dtype), operands, out_features, in_features);
+           }),
+           py::arg("dtype"), py::arg("operands"), py::arg("out_features"), py::arg("in_features"));
   py::class_<Rows>(module, "BitmapIndexRows", "Addresses and sizes of a weight as it is saved; see csrc/ops.h.")
-      .def(py::init<Address, int64_t, Address, int64_t, Address, int64_t, int64_t, int64_t>(), py::arg("values"),
-           py::arg("values_size"), py::arg("bitmap"), py::arg("bitmap_size"), py::arg("row_offsets"),
+      .def(py::init<const std::string&, Address, int64_t, Address, int64_t, Address, int64_t, int64_t, int64_t>(),
+           py::arg("dtype"), py::arg("values"), py::arg("values_size"), py::arg("bitmap"), py::arg("bitmap_size"), py::arg("row_offsets"),
            py::arg("row_offsets_size"), py::arg("out_features"), py::arg("in_features"));
   module.def("has_linear_bitmap_index", has_linear_bitmap_index);
   module.def("bitmap_to_index_steps", steps_checked, py::arg("packed"), py::arg("steps"), py::arg("steps_size"),
@@ -129,6 +161,9 @@ void bind_bitmap_index(py::module_& module) {
              py::arg("bitmap"), py::arg("bitmap_size"), py::arg("row_offsets"), py::arg("row_offsets_size"),
              py::arg("threads"));
   module.def("linear_bitmap_index", linear_checked, py::arg("operands"), py::arg("out_features"),
+             py::arg("in_features"), py::arg("x"), py::arg("bias"), py::arg("y"), py::arg("threads"));
+  module.def("has_linear_bitmap_int8_index", has_linear_bitmap_int8_index);
+  module.def("linear_bitmap_int8_index", int8_linear_checked, py::arg("operands"), py::arg("out_features"),
              py::arg("in_features"), py::arg("x"), py::arg("bias"), py::arg("y"), py::arg("threads"));
 }
 

@@ -9,8 +9,7 @@ int64_t masks_of(int64_t in_features) {
   return (in_features + kInt8BlockInputs - 1) / kInt8BlockInputs * kBlockMasks;
 }
 
-// A packed weight that lies where its tensors say: masks, values, panel_offsets, scales, and the kind, which has no
-// elements: its dtype is that of x, and its second size the inputs of a group, 0 when all share a scale.
+// A packed weight that lies where its tensors say: masks, values, panel_offsets, scales and kind.
 struct Int8Weight {
   BitmapInt8Weight weight;
   int64_t panels;
@@ -20,24 +19,12 @@ struct Int8Weight {
     check_operands(operands, 5);
     const Memory masks("masks", operands[0]), values("values", operands[1]), offsets("panel_offsets", operands[2]),
         scales("scales", operands[3]);
-    const py::object sizes = get(operands[4], tensor_names().shape);
-    check(PyObject_Length(sizes.ptr()) == 2, "kind must have two dimensions");
-    int64_t group_size = number(owned(PySequence_GetItem(sizes.ptr(), 1)));
-    // one group, which may end after the last input
-    if (group_size <= 0 || group_size >= in_features) {
-      const int64_t blocks = (in_features + kInt8BlockInputs - 1) / kInt8BlockInputs;
-      group_size = (blocks > 0 ? blocks : 1) * kInt8BlockInputs;
-    }
-    weight = {dtype_of(operands[4]), masks.as<uint64_t>(), values.as<int8_t>(), offsets.as<int64_t>(),
-              scales.as<float>(),    group_size,           out_features,        in_features};
+    const Int8Kind kind(operands[4], in_features, kInt8BlockInputs);
+    weight = {kind.dtype,         masks.as<uint64_t>(), values.as<int8_t>(), offsets.as<int64_t>(),
+              scales.as<float>(), kind.group_size,      out_features,        in_features};
     panels = panels_of(out_features);
-    check(weight.dtype != DType::kFloat16, "dtype must be bfloat16 or float32, got float16");
-    check(group_size % kInt8BlockInputs == 0, "group_size must be a multiple of ", kInt8BlockInputs, ", got ",
-          group_size);
     check_size("masks", masks.count(8), panels, masks_of(in_features));
-    // a row without inputs has a scale too
-    const int64_t groups = in_features == 0 ? 1 : (in_features + group_size - 1) / group_size;
-    check_size("scales", scales.count(4), panels * kPanelRows, groups);
+    check_size("scales", scales.count(4), panels * kPanelRows, kind.groups);
     const int64_t offsets_size = offsets.count(8);
     check(offsets_size == panels + 1, "panel_offsets must hold ", panels + 1, " offsets, got ", offsets_size);
     check_offsets("panel_offsets", weight.panel_offsets, panels, values.bytes - kTailBytes, "kept values");

@@ -82,6 +82,29 @@ inline void check_operands(const py::tuple& operands, size_t count) {
         static_cast<int64_t>(operands.size()));
 }
 
+// What an int8 weight's kind says, which has no elements: its dtype is that of x, and its second size the inputs of a group,
+// 0 when all share a scale.
+struct Int8Kind {
+  DType dtype;
+  int64_t group_size;  // a multiple of `multiple`
+  int64_t groups;
+
+  Int8Kind(py::handle kind, int64_t in_features, int64_t multiple) : dtype(dtype_of(kind)) {
+    const py::object sizes = get(kind, tensor_names().shape);
+    check(PyObject_Length(sizes.ptr()) == 2, "kind must have two dimensions");
+    group_size = number(owned(PySequence_GetItem(sizes.ptr(), 1)));
+    // one group, which may end after the last input
+    if (group_size <= 0 || group_size >= in_features) {
+      const int64_t blocks = (in_features + multiple - 1) / multiple;
+      group_size = (blocks > 0 ? blocks : 1) * multiple;
+    }
+    check(dtype != DType::kFloat16, "dtype must be bfloat16 or float32, got float16");
+    check(group_size % multiple == 0, "group_size must be a multiple of ", multiple, ", got ", group_size);
+    // a row without inputs has a scale too
+    groups = in_features == 0 ? 1 : (in_features + group_size - 1) / group_size;
+  }
+};
+
 // x [tokens, in_features], bias [out_features] or None, y [tokens, out_features], of the dtype: the sizes are checked.
 struct LinearTensors {
   const void* x;

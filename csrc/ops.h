@@ -220,19 +220,22 @@ int64_t panels_to_bitmap_int8(const BitmapInt8Weight& weight, const Int8RowsOut&
 //   panels   ceil(out_features / kPanelRows)
 //   windows  ceil(in_features / kWindowInputs)
 //   steps    [panels, windows], how many steps the window has
-//   masks    [all steps], which lanes of a step hold a weight: bit 16 (n / 4) + 8 h + 2 (n % 4) + j = weight 2 h + j of row n
+//   masks    [all steps], which lanes of a step hold a weight. With bfloat16 values, bit 16 (n / 4) + 8 h + 2 (n % 4) + j =
+//            weight 2 h + j of row n; with int8 values, bit 4 n + k = weight k of row n
 //   places   [kept] and kIndexTail, the input within its window, in the order of the bits
-//   values   [kept] and kIndexTail, bfloat16, step by step: those with h = 0 in the order of rows, then those with h = 1
+//   values   [kept] and kIndexTail, step by step: bfloat16, those with h = 0 in the order of rows, then those with h = 1;
+//            int8, in the order of the bits
 //   step_offsets, value_offsets  [panels + 1], where each panel's masks and values start
-constexpr int64_t kWindowInputs = 256;
+constexpr int64_t kWindowInputs = 128;
 // the elements that a step may read behind its panel's end
 constexpr int64_t kIndexTail = 64;
 
 struct BitmapIndexWeight {
+  DType dtype;  // of the values, kBFloat16 or kInt8
   const uint16_t* steps;
   const uint64_t* masks;
   const uint8_t* places;
-  const uint16_t* values;
+  const void* values;
   const int64_t* step_offsets;
   const int64_t* value_offsets;
   int64_t out_features;
@@ -242,17 +245,34 @@ struct BitmapIndexWeight {
 // Whether this machine has the instructions.
 bool has_linear_bitmap_index();
 
-// x, bias, y, threads and the result as of linear_bitmap, in bfloat16. A token with a NaN or infinite input has NaN in
+// x, bias, y, threads and the result as of linear_bitmap, all bfloat16. A token with a NaN or infinite input has NaN in
 // every output.
 bool linear_bitmap_index(const BitmapIndexWeight& weight, const void* x, const void* bias, void* y, int64_t tokens,
                          int threads);
 
-// From a checked bfloat16 weight as it is saved: writes steps, step_offsets and value_offsets, or, given those, the rest.
+// linear_bitmap_int8_index: linear_bitmap_int8 for a weight with few kept weights, in the order above.
+//   scales      [panels, groups, kPanelRows] as in BitmapInt8Weight
+//   group_size  a multiple of kWindowInputs
+struct Int8Scales {
+  DType dtype;  // of bias, x and y
+  const float* scales;
+  int64_t group_size;
+};
+
+bool has_linear_bitmap_int8_index();
+
+// x, bias, y, threads and the result as of linear_bitmap_int8, and y the same bits. Scratch: in_features * 24 bytes for
+// every 8 tokens.
+bool linear_bitmap_int8_index(const BitmapIndexWeight& weight, const Int8Scales& scales, const void* x,
+                              const void* bias, void* y, int64_t tokens, int threads);
+
+// From a checked weight as it is saved, of kBFloat16 or kInt8: writes steps, step_offsets and value_offsets, or, given
+// those, the rest.
 struct BitmapIndexOut {
   uint16_t* steps;
   uint64_t* masks;
   uint8_t* places;
-  uint16_t* values;
+  void* values;
   int64_t* step_offsets;
   int64_t* value_offsets;
 };

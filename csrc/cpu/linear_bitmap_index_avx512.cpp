@@ -1,4 +1,4 @@
-// linear_bitmap_index on AVX-512 with VBMI, VBMI2 and BF16. A window's 256 inputs lie in eight registers, as high and as
+// linear_bitmap_index on AVX-512 with VBMI, VBMI2 and BF16. A window's 128 inputs lie in four registers, as high and as
 // low bytes; a step's 64 places are looked up there, both bytes of each at once, and two instructions multiply what was
 // found with the 64 values beside it, a row to each lane. A window is expanded once, for all tokens. No STL here: a weak
 // symbol compiled for AVX-512 could replace the baseline's.
@@ -20,28 +20,23 @@ inline void prefetch(const void* address) {
 
 // The inputs of a window: high bytes, then low ones.
 struct Window {
-  __m512i high[4], low[4];
+  __m512i high[2], low[2];
   explicit Window(const uint8_t* x) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
       high[i] = _mm512_loadu_si512(x + 64 * i);
       low[i] = _mm512_loadu_si512(x + kWindowInputs + 64 * i);
     }
   }
 };
 
-inline __m512i look_up(const __m512i* table, __m512i places, __mmask64 upper) {
-  const __m512i first = _mm512_permutex2var_epi8(table[0], places, table[1]);
-  return _mm512_mask_blend_epi8(upper, first, _mm512_permutex2var_epi8(table[2], places, table[3]));
-}
-
 struct Step {
   __m512i places, even, odd;
 };
 
 inline void add(const Window& window, const Step& step, __m512& even, __m512& odd) {
-  const __mmask64 upper = _mm512_movepi8_mask(step.places);
-  const __m512i high = look_up(window.high, step.places, upper), low = look_up(window.low, step.places, upper);
+  const __m512i high = _mm512_permutex2var_epi8(window.high[0], step.places, window.high[1]);
+  const __m512i low = _mm512_permutex2var_epi8(window.low[0], step.places, window.low[1]);
   even = _mm512_dpbf16_ps(even, reinterpret_cast<__m512bh>(_mm512_unpacklo_epi8(low, high)),
                           reinterpret_cast<__m512bh>(step.even));
   odd = _mm512_dpbf16_ps(odd, reinterpret_cast<__m512bh>(_mm512_unpackhi_epi8(low, high)),
@@ -58,7 +53,7 @@ struct Cursor {
 
   Cursor(const BitmapIndexWeight& weight, int64_t panel)
       : masks(weight.masks + weight.step_offsets[panel]), places(weight.places + weight.value_offsets[panel]),
-        values(weight.values + weight.value_offsets[panel]),
+        values(static_cast<const uint16_t*>(weight.values) + weight.value_offsets[panel]),
         places_end(weight.places + weight.value_offsets[panel + 1]),
         masks_end(weight.masks + weight.step_offsets[panel + 1]) {}
 

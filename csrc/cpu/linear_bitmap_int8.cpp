@@ -4,12 +4,12 @@
 #include "linear_bitmap_int8.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <vector>
+#include <cstring>
 
 #include "bitmap_rows.h"
 #include "has_avx512.h"
 #include "huge_pages.h"
+#include "int8_groups.h"
 
 namespace sparsekern {
 namespace {
@@ -37,14 +37,6 @@ const Kernels kKernels[] = {
 int64_t panel_bytes(const BitmapInt8Weight& weight, int64_t first, int64_t end) {
   return weight.panel_offsets[end] - weight.panel_offsets[first] +
          (end - first) * (block_count(weight) * kBlockMasks * 8 + scale_groups(weight) * kPanelRows * 4);
-}
-
-// To wake a thread takes as long as reading this much.
-constexpr int64_t kBytesPerThread = 65536;
-
-int worth_threads(int threads, int64_t bytes) {
-  const int64_t worth = 1 + bytes / kBytesPerThread;
-  return worth < threads ? static_cast<int>(worth) : threads;
 }
 
 // The first panel of a part, when `parts` parts shall read as many bytes each.
@@ -90,51 +82,20 @@ const InstructionSet kLinearBitmapInt8Sets[] = {
 bool linear_bitmap_int8(const BitmapInt8Weight& weight, const void* x, const void* bias, void* y, int64_t tokens,
                         int set, int threads) {
   const LinearBitmapInt8Panels& kernel = *kKernels[set].linear;
-  const int64_t steps = block_count(weight) * kBlockMasks;
   const int64_t panels = panel_count(weight);
-  const int64_t count = (tokens + kGroupTokens - 1) / kGroupTokens;
-  const int64_t group_bytes = steps * kMostByteRows * kStepInputs;
-  // one line more: aligned_alloc never gets zero bytes
-  auto* rows = static_cast<uint8_t*>(std::aligned_alloc(64, static_cast<size_t>(count * group_bytes + 64)));
-  auto* groups = static_cast<Int8Group*>(std::calloc(static_cast<size_t>(count), sizeof(Int8Group)));
-  const bool memory = rows != nullptr && groups != nullptr;
-  if (memory) {
-    for (int64_t g = 0; g < count; ++g) {
-      groups[g].rows = rows + g * group_bytes;
-      groups[g].first_token = tokens * g / count;
-      groups[g].tokens = tokens * (g + 1) / count - groups[g].first_token;
-    }
-    // every group of tokens after the first reads the weight again, from the cache
-    threads = worth_threads(threads, panel_bytes(weight, 0, panels) * count);
-    if (threads <= 1) {
-      for (int64_t g = 0; g < count; ++g) kernel.pack(x, weight.dtype, weight.in_features, groups[g]);
-      kernel.linear(weight, groups, count, bias, y, 0, panels);
-    } else {
-      // a single group is rounded before the others wake up
-      if (count == 1) kernel.pack(x, weight.dtype, weight.in_features, groups[0]);
-#pragma omp parallel num_threads(threads)
-      {
-        if (count > 1) {
-#pragma omp for schedule(static)
-          for (int64_t g = 0; g < count; ++g) kernel.pack(x, weight.dtype, weight.in_features, groups[g]);
-        }
-#pragma omp for schedule(static, 1)
-        for (int part = 0; part < threads; ++part) {
-          kernel.linear(weight, groups, count, bias, y, first_panel_of(weight, 0, panels, part, threads),
-                        first_panel_of(weight, 0, panels, part + 1, threads));
-        }
-      }
-    }
-  }
-  std::free(rows);
-  std::free(groups);
-  return memory;
+  return linear_in_groups(
+      tokens, block_count(weight) * kBlockMasks * kMostByteRows * kStepInputs, panel_bytes(weight, 0, panels), threads,
+      [&](Int8Group& group) { kernel.pack(x, weight.dtype, weight.in_features, group); },
+      [&](const Int8Group* groups, int64_t count, int part, int parts) {
+        kernel.linear(weight, groups, count, bias, y, first_panel_of(weight, 0, panels, part, parts),
+                      first_panel_of(weight, 0, panels, part + 1, parts));
+      });
 }
 
 void expand_bitmap_int8(const BitmapInt8Weight& weight, void* dense, int64_t first_panel, int64_t end_panel, int set,
                         int threads) {
   const LinearBitmapInt8Panels& kernel = *kKernels[set].linear;
-  threads = worth_threads(threads, panel_bytes(weight, first_panel, end_panel));
+  threads = worth_int8_threads(threads, panel_bytes(weight, first_panel, end_panel));
   if (threads <= 1) {
     kernel.expand(weight, dense, first_panel, end_panel);
     return;

@@ -8,8 +8,7 @@
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vnni,fma,popcnt,bmi2")
 
-#include "fresh_zero.h"
-#include "linear_bitmap_int8.h"
+#include "int8_planes_avx512.h"
 
 namespace sparsekern {
 namespace {
@@ -28,81 +27,23 @@ inline __m512i expand_step(uint64_t mask, const int8_t* values) {
   return _mm512_mask_expand_epi8(fresh_zero(), mask, _mm512_loadu_si512(values));
 }
 
-// sum + the products of four unsigned bytes of x with four signed ones of w. Written out because GCC 12 copies every sum
-// before and after the intrinsic, more sums than there are registers.
-inline __m512i dot(__m512i sum, __m512i x, __m512i w) {
-  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
-  return sum;
-}
-
 inline __m512i broadcast(const uint8_t* x) {
   int four;
   __builtin_memcpy(&four, x, sizeof four);
   return _mm512_set1_epi32(four);
 }
 
-inline void store_bf16(uint16_t* target, __m512 wide, __mmask16 rows) {
-  // to nearest, ties to even; rounding up the bits of a NaN could make it infinite
-  const __m512i bits = _mm512_castps_si512(wide);
-  const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
-  const __mmask16 nan = _mm512_cmp_ps_mask(wide, wide, _CMP_UNORD_Q);
-  const __m512i high = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16);
-  _mm256_mask_storeu_epi16(target, rows, _mm512_cvtepi32_epi16(high));
-}
-
-inline __m512 load_as(const void* source, DType dtype, int64_t offset, __mmask16 lanes) {
-  if (dtype == DType::kFloat32) return _mm512_maskz_loadu_ps(lanes, static_cast<const float*>(source) + offset);
-  const auto* words = static_cast<const uint16_t*>(source) + offset;
-  const __m512i wide = _mm512_maskz_cvtepu16_epi32(lanes, _mm256_maskz_loadu_epi16(lanes, words));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
-
-inline void store_as(void* target, DType dtype, int64_t offset, __m512 x, __mmask16 lanes) {
-  if (dtype == DType::kFloat32) return _mm512_mask_storeu_ps(static_cast<float*>(target) + offset, lanes, x);
-  store_bf16(static_cast<uint16_t*>(target) + offset, x, lanes);
-}
-
-inline __mmask16 first_lanes(int64_t count) {
-  return static_cast<__mmask16>(_bzhi_u32(0xffffu, static_cast<unsigned>(count < 0 ? 0 : count > 16 ? 16 : count)));
-}
-
-Rounding rounding_of_token(const void* x, DType dtype, int64_t offset, int64_t in_features) {
-  __m512 most = _mm512_setzero_ps(), sum = _mm512_setzero_ps();
-  __mmask16 wrong = 0;
-  for (int64_t i = 0; i < in_features; i += 16) {
-    const __m512 size = _mm512_abs_ps(load_as(x, dtype, offset + i, first_lanes(in_features - i)));
-    wrong = static_cast<__mmask16>(wrong | _mm512_cmp_ps_mask(size, _mm512_set1_ps(__builtin_inff()), _CMP_NLT_UQ));
-    most = _mm512_max_ps(most, size);
-    sum = _mm512_add_ps(sum, size);
-  }
-  return rounding_of(_mm512_reduce_max_ps(most), _mm512_reduce_add_ps(sum), wrong == 0, dtype, in_features);
-}
-
-// [kStepInputs * 4 inputs] as bytes of plane p, 4 steps of 4.
-inline __m128i plane_of(__m512i integers, int64_t p, int64_t planes) {
-  return _mm512_cvtepi32_epi8(_mm512_srli_epi32(integers, static_cast<unsigned>(8 * (planes - 1 - p))));
-}
-
 void pack(const void* x, DType dtype, int64_t in_features, Int8Group& group) {
   Rounding rounding[kGroupTokens];
-  group.planes = 1;
-  for (int64_t t = 0; t < group.tokens; ++t) {
-    rounding[t] = rounding_of_token(x, dtype, (group.first_token + t) * in_features, in_features);
-    group.scale[t] = rounding[t].scale;
-    group.planes = rounding[t].planes > group.planes ? rounding[t].planes : group.planes;
-  }
+  round_tokens(x, dtype, in_features, group, rounding);
   const int64_t rows = byte_rows(group.tokens * group.planes);
   const __m512i offset = _mm512_set1_epi32(1 << (8 * group.planes - 1));
   for (int64_t t = 0; t < group.tokens; ++t) {
-    const __m512 factor = _mm512_set1_ps(rounding[t].factor);
-    const __m512i most = _mm512_set1_epi32((1 << (8 * rounding[t].planes - 1)) - 1);
     const int64_t first = (group.first_token + t) * in_features;
     uint8_t* target = group.rows + t * group.planes * kStepInputs;
     for (int64_t i = 0; i < (in_features + kInt8BlockInputs - 1) / kInt8BlockInputs * kInt8BlockInputs; i += 16) {
       const __m512 wide = load_as(x, dtype, first + i, first_lanes(in_features - i));
-      const __m512i integers =
-          _mm512_add_epi32(_mm512_min_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(wide, factor)), most), offset);
+      const __m512i integers = _mm512_add_epi32(as_integers(wide, rounding[t]), offset);
       for (int64_t p = 0; p < group.planes; ++p, target += kStepInputs) {
         const __m128i bytes = plane_of(integers, p, group.planes);
         alignas(16) uint32_t steps[4];
@@ -139,39 +80,6 @@ struct Panel {
         rows(first_lanes(weight.out_features - row)) {}
 };
 
-// The steps of a group of inputs, in parts whose sums fit into 32 bits.
-struct Segment {
-  int64_t first, end;
-  const float* scale;  // [kPanelRows]
-};
-
-template <class Function>
-void each_segment(const BitmapInt8Weight& weight, const Panel& panel, Function&& function) {
-  const int64_t group_steps = weight.group_size / kStepInputs;
-  const int64_t longest = kMostSummed / kStepInputs;
-  for (int64_t first = 0; first < panel.steps;) {
-    const int64_t group = first / group_steps;
-    int64_t end = (group + 1) * group_steps;
-    end = end < panel.steps ? end : panel.steps;
-    end = end < first + longest ? end : first + longest;
-    function(Segment{first, end, panel.scales + group * kPanelRows});
-    first = end;
-  }
-}
-
-// The sum of a token's rows of bytes: exact in double, so that it does not depend on the planes of its neighbours.
-inline __m512 combine(const __m512i* sums, int64_t planes, __m512i weights) {
-  const __m512i signed_digit = _mm512_sub_epi32(sums[0], _mm512_slli_epi32(weights, 7));
-  __m512d low = _mm512_cvtepi32_pd(_mm512_castsi512_si256(signed_digit));
-  __m512d high = _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(signed_digit, 1));
-  for (int64_t p = 1; p < planes; ++p) {
-    const __m512d base = _mm512_set1_pd(256.0);
-    low = _mm512_fmadd_pd(low, base, _mm512_cvtepi32_pd(_mm512_castsi512_si256(sums[p])));
-    high = _mm512_fmadd_pd(high, base, _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(sums[p], 1)));
-  }
-  return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(low)), _mm512_cvtpd_ps(high), 1);
-}
-
 template <int size>
 struct Rows {
   static constexpr int kSize = size;
@@ -203,7 +111,8 @@ void panel_direct(const BitmapInt8Weight& weight, const Panel& panel, const Int8
   for (auto& total : totals) total = _mm512_setzero_ps();
   const int8_t* values = panel.values;
   const uint8_t* x = group.rows;
-  each_segment(weight, panel, [&](const Segment& segment) {
+  each_segment(panel.steps * kStepInputs, weight.group_size, panel.scales, [&](const Segment& segment) {
+    const int64_t first_step = segment.first / kStepInputs, end_step = segment.end / kStepInputs;
     __m512i sums[kChains][kRows], weights[kChains];
 #pragma GCC unroll 4
     for (int c = 0; c < kChains; ++c) {
@@ -211,8 +120,8 @@ void panel_direct(const BitmapInt8Weight& weight, const Panel& panel, const Int8
 #pragma GCC unroll 24
       for (auto& sum : sums[c]) sum = _mm512_setzero_si512();
     }
-    const uint64_t* masks = panel.masks + segment.first;
-    for (int64_t step = segment.first; step < segment.end; step += kGuardMasks) {
+    const uint64_t* masks = panel.masks + first_step;
+    for (int64_t step = first_step; step < end_step; step += kGuardMasks) {
       prefetch(masks);
       values = values < panel.end ? values : panel.end;
 #pragma GCC unroll 4
@@ -274,13 +183,14 @@ void panel_wide(const BitmapInt8Weight& weight, const Panel& panel, const Int8Gr
   }
   const __m512i ones = _mm512_set1_epi8(1);
   const int8_t* values = panel.values;
-  each_segment(weight, panel, [&](const Segment& segment) {
+  each_segment(panel.steps * kStepInputs, weight.group_size, panel.scales, [&](const Segment& segment) {
+    const int64_t first_step = segment.first / kStepInputs, end_step = segment.end / kStepInputs;
     for (int64_t g = 0; g < count; ++g) {
       for (auto& sum : sums[g]) sum = _mm512_setzero_si512();
     }
     __m512i weights = _mm512_setzero_si512();
-    for (int64_t first = segment.first; first < segment.end; first += kChunkSteps) {
-      const int64_t steps = segment.end - first < kChunkSteps ? segment.end - first : kChunkSteps;
+    for (int64_t first = first_step; first < end_step; first += kChunkSteps) {
+      const int64_t steps = end_step - first < kChunkSteps ? end_step - first : kChunkSteps;
       for (int64_t q = 0; q < steps; ++q) {
         if (q % kGuardMasks == 0) values = values < panel.end ? values : panel.end;
         const uint64_t mask = panel.masks[first + q];

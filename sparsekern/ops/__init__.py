@@ -10,6 +10,7 @@ from sparsekern.ops import (
     linear_bitmap,
     linear_bitmap_index,
     linear_bitmap_int8,
+    linear_bitmap_int8_index,
     linear_dense,
     pack_24,
 )
@@ -21,7 +22,7 @@ LINEAR_KERNELS = {
     SemiStructured: linear_24.KERNELS,
     # the reference stays last
     Bitmap: (*linear_bitmap.KERNELS[:-1], *linear_bitmap_index.KERNELS, linear_bitmap.KERNELS[-1]),
-    BitmapInt8: linear_bitmap_int8.KERNELS,
+    BitmapInt8: (*linear_bitmap_int8.KERNELS[:-1], *linear_bitmap_int8_index.KERNELS, linear_bitmap_int8.KERNELS[-1]),
     Dense: linear_dense.KERNELS,
 }
 

@@ -1,7 +1,7 @@
 """linear_bitmap_index: linear_bitmap for a weight with few kept weights, each with its place instead of a bit a weight.
 
 Where one weight of ten is kept, a bitmap's kernel works its way through ten bits for each. Here a step takes four kept
-weights of each of 16 outputs from a window of 256 inputs, which the processor holds in registers: their places are
+weights of each of 16 outputs from a window of 128 inputs, which the processor holds in registers: their places are
 looked up there, 64 at once. A kept weight takes 3 bytes, a step 8 more: about 0.32 bytes a weight at 90 %, as a bitmap.
 
     steps          [panels, windows] int16, how many steps of a window
@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from sparsekern.formats.bitmap import Bitmap
+from sparsekern.formats.bitmap_int8 import BitmapInt8
 from sparsekern.ops import bitmap_rows, compiled
 from sparsekern.ops.kernel import Kernel
 from sparsekern.ops.linear_call import CpuLinear, weight_op
 
 PANEL_ROWS = 16
-WINDOW_INPUTS = 256
+WINDOW_INPUTS = 128
 TAIL = 64
 # measured on Zen 5, 4096 x 4096: with 19 % kept it is as fast as the bitmap's kernel, with 15 % a fifth faster
 MOST_DENSITY = 0.2
@@ -46,10 +47,15 @@ def reference(x: Tensor, packed: Bitmap, bias: Tensor | None) -> Tensor:
 def to_index(packed: Bitmap) -> Operands:
     """What the compiled kernel reads. Raises ValueError as Bitmap.validate does."""
     bitmap_rows.validate(packed)
+    return steps_of(packed)
+
+
+def steps_of(packed: Bitmap | BitmapInt8) -> Operands:
+    """A validated weight in the order above; its values may be int8 too, in the order of the bits then (csrc/ops.h)."""
     out_features, in_features = packed.shape
     panels, windows = -(-out_features // PANEL_ROWS), -(-in_features // WINDOW_INPUTS)
     fields = [tensor.contiguous() for tensor in (packed.values, packed.bitmap, packed.row_offsets)]
-    rows = compiled.cpu().BitmapIndexRows(*_sizes(*fields), out_features, in_features)
+    rows = compiled.cpu().BitmapIndexRows(_name(packed.values), *_sizes(*fields), out_features, in_features)
     steps = torch.empty(panels, windows, dtype=torch.int16)
     step_offsets, value_offsets = (torch.empty(panels + 1, dtype=torch.int64) for _ in range(2))
     count = compiled.cpu().bitmap_to_index_steps(rows, *_sizes(steps, step_offsets, value_offsets))
@@ -63,6 +69,11 @@ def to_index(packed: Bitmap) -> Operands:
 
 def from_index(operands: Operands, out_features: int, in_features: int) -> Bitmap:
     """The inverse of `to_index`, bit for bit. Raises ValueError when the operands contradict each other."""
+    return Bitmap(*rows_of(operands, out_features, in_features), in_features)
+
+
+def rows_of(operands: Operands, out_features: int, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, bitmap and row_offsets of what `steps_of` has made. Raises ValueError as `from_index` does."""
     weight = _addresses(operands, out_features, in_features)
     values = operands[3].new_empty(len(operands[3]) - TAIL)
     bitmap = torch.empty(out_features, -(-in_features // 8), dtype=torch.uint8)
@@ -70,7 +81,11 @@ def from_index(operands: Operands, out_features: int, in_features: int) -> Bitma
     panel = compiled.cpu().index_to_bitmap(weight, *_sizes(values, bitmap, row_offsets), torch.get_num_threads())
     if panel >= 0:
         raise ValueError(f"panel {panel} must keep as many weights as its offsets say, at places that rise in each row")
-    return Bitmap(values, bitmap, row_offsets, in_features)
+    return values, bitmap, row_offsets
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _sizes(*tensors: Tensor) -> list[int]:
@@ -79,7 +94,7 @@ def _sizes(*tensors: Tensor) -> list[int]:
 
 def _addresses(operands: Operands, out_features: int, in_features: int):
     """Where the operands lie: for the compiled module, which checks sizes and offsets, and keeps no tensor."""
-    return compiled.cpu().BitmapIndexWeight(operands, out_features, in_features)
+    return compiled.cpu().BitmapIndexWeight(_name(operands[3]), operands, out_features, in_features)
 
 
 def _multiply(x: Tensor, operands: Operands, bias: Tensor | None, y: Tensor, in_features: int) -> None:

@@ -62,15 +62,21 @@ def to_panels(packed: BitmapInt8, isa: str = "") -> Operands:
     if row >= 0:
         packed.validate()
         raise RuntimeError(f"row {row} changed while it was read")
+    return masks, values, panel_offsets, *scales_and_kind(packed)
+
+
+def scales_and_kind(packed: BitmapInt8) -> Operands:
+    """The last two operands, as above."""
+    out_features, _ = packed.shape
+    panels = -(-out_features // PANEL_ROWS)
     scales = pad(packed.scales, (0, 0, 0, panels * PANEL_ROWS - out_features))
     scales = scales.view(panels, PANEL_ROWS, packed.groups).transpose(1, 2).contiguous()
-    return (
-        masks,
-        values,
-        panel_offsets,
-        scales.view(torch.int32),
-        torch.empty(0, packed.group_size or 0, dtype=packed.dtype),
-    )
+    return scales.view(torch.int32), torch.empty(0, packed.group_size or 0, dtype=packed.dtype)
+
+
+def scales_of_rows(panel_scales: Tensor, out_features: int) -> Tensor:
+    """[out_features, groups] float32, of what scales_and_kind has made."""
+    return panel_scales.view(torch.float32).transpose(1, 2).flatten(0, 1)[:out_features].contiguous()
 
 
 def from_panels(operands: Operands, out_features: int, in_features: int, isa: str = "") -> BitmapInt8:
@@ -87,7 +93,7 @@ def from_panels(operands: Operands, out_features: int, in_features: int, isa: st
             f"masks of panel {panel} must keep as many weights as panel_offsets say, and none after the last row or "
             "input"
         )
-    scales = panel_scales.view(torch.float32).transpose(1, 2).flatten(0, 1)[:out_features].contiguous()
+    scales = scales_of_rows(panel_scales, out_features)
     return BitmapInt8(values, scales, bitmap, row_offsets, in_features, kind.shape[1] or None, kind.dtype)
 
 

@@ -32,15 +32,15 @@ def assert_right(y, x, dense, bias=None):
 def test_the_layout_is_the_one_written_here():
     dense = torch.zeros(17, 300)
     dense[0, [1, 2, 3, 4, 5]] = torch.tensor([1.0, 2, 3, 4, 5])
-    dense[5, 255], dense[1, 257], dense[16, 0] = 6, 7, 8
+    dense[5, 127], dense[1, 257], dense[16, 0] = 6, 7, 8
     operands = linear_bitmap_index.to_index(Bitmap.pack(dense.bfloat16()))
     steps, masks, places, values, step_offsets, value_offsets = operands
     # row 0 has five weights in the first window, a step takes four
-    assert steps.tolist() == [[2, 1], [1, 0]]
+    assert steps.tolist() == [[2, 0, 1], [1, 0, 0]]
     # weight 2 h + j of row n is bit 16 (n / 4) + 8 h + 2 (n % 4) + j
     bits = [1 << 0 | 1 << 1 | 1 << 8 | 1 << 9 | 1 << 18, 1 << 0, 1 << 2, 1 << 0]
     assert masks.tolist() == bits
-    assert places.tolist() == [1, 2, 3, 4, 255, 5, 1, 0] + [0] * 64
+    assert places.tolist() == [1, 2, 3, 4, 127, 5, 1, 0] + [0] * 64
     # those with h = 0 of all rows come first
     assert values.tolist() == [1, 2, 6, 3, 4, 5, 7, 8] + [0] * 64
     assert step_offsets.tolist() == [0, 3, 4]
@@ -128,7 +128,7 @@ def test_arguments_that_do_not_fit_are_refused_in_words():
         run(x.float(), operands, bias, 37, 300)
     with pytest.raises(ValueError, match="bias must hold 37 elements, got 36"):
         run(x, operands, bias[1:], 37, 300)
-    with pytest.raises(ValueError, match=r"steps must hold 3 \* 3 elements, got 6"):
+    with pytest.raises(ValueError, match=r"steps must hold 3 \* 5 elements, got 9"):
         run(torch.randn(3, 600).bfloat16(), operands, bias, 37, 600)
     falling = operands[5].clone()
     falling[1] = falling[2] + 1

@@ -16,6 +16,7 @@ from sparsekern.ops import (
     linear_bitmap,
     linear_bitmap_index,
     linear_bitmap_int8,
+    linear_bitmap_int8_index,
     linear_call,
     linear_dense,
 )
@@ -28,6 +29,7 @@ FORMATS = {
     "linear_bitmap": Bitmap,
     "linear_bitmap_index": Bitmap,
     "linear_bitmap_int8": BitmapInt8,
+    "linear_bitmap_int8_index": BitmapInt8,
     "linear_dense": Dense,
 }
 MODULES = {
@@ -35,6 +37,7 @@ MODULES = {
     "linear_bitmap": linear_bitmap,
     "linear_bitmap_index": linear_bitmap_index,
     "linear_bitmap_int8": linear_bitmap_int8,
+    "linear_bitmap_int8_index": linear_bitmap_int8_index,
     "linear_dense": linear_dense,
 }
 
