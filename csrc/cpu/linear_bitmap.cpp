@@ -1,5 +1,5 @@
 // linear_bitmap: chooses the instruction set and splits the panels over the threads so that each reads as many
-// bytes. The work itself is in linear_bitmap_<set>.cpp.
+// bytes. The work itself is in linear_bitmap_<set>.cpp, and, for many tokens, in linear_bitmap_nonzero.cpp.
 
 #include "linear_bitmap.h"
 
@@ -7,6 +7,7 @@
 
 #include "has_amx.h"
 #include "has_avx512.h"
+#include "linear_bitmap_nonzero.h"
 #include "linear_bitmap_tiles.h"
 
 namespace sparsekern {
@@ -33,28 +34,6 @@ const LinearBitmapPanels* const kPanels[] = {
 #endif
     &kLinearBitmapPortable,
 };
-
-// What panels first to end - 1 make a thread read.
-int64_t panel_bytes(const BitmapWeight& weight, int64_t first, int64_t end) {
-  return (weight.panel_offsets[end] - weight.panel_offsets[first]) * value_bytes(weight.dtype) +
-         (end - first) * block_count(weight) * kBlockMasks * 4;
-}
-
-// The first panel of a part, when `parts` parts shall read as many bytes each.
-int64_t first_panel_of(const BitmapWeight& weight, int64_t first, int64_t end, int part, int parts) {
-  if (part == parts) return end;
-  const int64_t target = panel_bytes(weight, first, end) / parts * part;
-  int64_t low = first, high = end;
-  while (low < high) {
-    const int64_t middle = low + (high - low) / 2;
-    if (panel_bytes(weight, first, middle) < target) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
 
 #if defined(__x86_64__)
 // What linear_bitmap does, by the tiles of AMX.
@@ -111,6 +90,26 @@ const InstructionSet kLinearBitmapSets[] = {
     {nullptr, nullptr},
 };
 
+int64_t panel_bytes(const BitmapWeight& weight, int64_t first, int64_t end) {
+  return (weight.panel_offsets[end] - weight.panel_offsets[first]) * value_bytes(weight.dtype) +
+         (end - first) * block_count(weight) * kBlockMasks * 4;
+}
+
+int64_t first_panel_of(const BitmapWeight& weight, int64_t first, int64_t end, int part, int parts) {
+  if (part == parts) return end;
+  const int64_t target = panel_bytes(weight, first, end) / parts * part;
+  int64_t low = first, high = end;
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    if (panel_bytes(weight, first, middle) < target) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
 bool linear_bitmap(const BitmapWeight& weight, const void* x, const void* bias, void* y, int64_t tokens, int set,
                    int threads) {
 #if defined(__x86_64__)
@@ -118,6 +117,11 @@ bool linear_bitmap(const BitmapWeight& weight, const void* x, const void* bias, 
     return multiply_by_tiles(weight, static_cast<const uint16_t*>(x), bias, y, tokens, threads);
   }
 #endif
+  const LinearBitmapNonzero* nonzero = nonzero_kernel(set, weight.dtype);
+  if (nonzero != nullptr && is_worth_nonzero(*nonzero, weight, tokens)) {
+    const Nonzero result = linear_bitmap_nonzero(*nonzero, weight, x, bias, y, tokens, threads);
+    if (result != Nonzero::kNotFinite) return result == Nonzero::kDone;
+  }
   const LinearBitmapPanels& kernel = *kPanels[set];
   const int64_t panels = panel_count(weight);
   const bool narrow = weight.dtype == DType::kBFloat16 && kernel.x_type == DType::kBFloat16;

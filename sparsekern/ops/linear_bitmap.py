@@ -1,8 +1,9 @@
 """linear_bitmap: y = x W^T + bias with W packed as a bitmap and the kept values (formats/bitmap.py).
 
 Few tokens wait for the weight to arrive from memory, so half the bytes are nearly half the time; many tokens wait for
-the arithmetic, which a zero costs as much as any weight: from `_DENSE_TOKENS` on, where torch has instructions that the
-kernel has not, the weight is expanded, a slice at a time, for torch's own linear.
+the arithmetic. On AVX-512, where tokens are many and kept weights few enough, the kernels pass the zeros over, in
+bfloat16 pairs of them, when all of x is finite. Otherwise a zero costs as much as any weight: from `_DENSE_TOKENS` on,
+where torch has instructions that the kernel has not, the weight is expanded, a slice at a time, for torch's own linear.
 
 The CPU kernels read the weight in panels of 16 outputs (bitmap_panels.py). On a card 2-byte weights go to the tensor
 cores (linear_bitmap_fragments.py); the simple CUDA kernel, float32's, reads the weight as it is saved.

@@ -265,6 +265,7 @@ int main(int count, char** arguments) {
   drive_stream_read();
   drive_linear_bitmap_index();
   drive_linear_bitmap_int8();
+  drive_linear_bitmap_nonzero();
   std::printf("clean:");
   each_set(kLinearBitmapSets, [](int set) { std::printf(" %s", kLinearBitmapSets[set].name); });
   std::printf("\n");

@@ -66,6 +66,7 @@ void drive_dense();
 void drive_24();
 void drive_linear_bitmap_index();
 void drive_linear_bitmap_int8();
+void drive_linear_bitmap_nonzero();
 void drive_tiles();
 
 // Does with tiles what a processor refuses, each in its own way; must not return.

@@ -1,0 +1,16 @@
+// linear_bitmap without the arithmetic of the zeros on AVX-512 without BF16 instructions: every weight on its own, by
+// one fused multiply-add in float32.
+
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx512dq,fma,popcnt,bmi,bmi2")
+
+#include "expand_words_vbmi2.h"
+#include "linear_bitmap_nonzero_avx512.h"
+
+namespace sparsekern {
+
+const LinearBitmapNonzero kLinearBitmapNonzeroAvx512 = {kNonzeroSteps, pack_singles, linear_singles};
+
+}  // namespace sparsekern
+
+#endif
