@@ -73,6 +73,7 @@ def _cuda(saliency: Tensor, kept: Tensor) -> Tensor:
         check(saliency, kept)
         # one count that serves all sets is not written out
         kept = kept[:1].to(saliency.device).expand(len(kept)) if kept.stride(0) == 0 else kept.to(saliency.device)
+    _check_shape(saliency, kept)
     saliency = saliency.contiguous()
     if saliency.data_ptr() % 16:
         saliency = saliency.clone()
@@ -126,11 +127,17 @@ torch.library.register_fake("sparsekern::keep_largest", _keep_largest_fake, lib=
 
 def check(saliency: Tensor, kept: Tensor) -> None:
     """Raises ValueError unless the counts fit the sets."""
+    _check_shape(saliency, kept)
     sets, size = saliency.shape
-    if kept.shape != (sets,) or kept.dtype != torch.int64:
-        raise ValueError(f"kept must be [{sets}] int64, got {list(kept.shape)} {kept.dtype}")
     if sets and not 0 <= int(kept.min()) <= int(kept.max()) <= size:
         raise ValueError(f"kept must lie in 0..{size}, got {int(kept.min())}..{int(kept.max())}")
+
+
+def _check_shape(saliency: Tensor, kept: Tensor) -> None:
+    """The part of `check` that nobody waits for a card for."""
+    sets = len(saliency)
+    if kept.shape != (sets,) or kept.dtype != torch.int64:
+        raise ValueError(f"kept must be [{sets}] int64, got {list(kept.shape)} {kept.dtype}")
 
 
 def refuse_nan(missing: int) -> None:

@@ -250,6 +250,10 @@ def test_saliencies_that_are_nan_and_counts_that_cannot_be_are_refused_in_the_re
         # counts on the card are looked at there
         _, status = torch.ops.sparsekern.keep_largest(torch.rand(2, 4), kept)
         assert status.tolist() == [0, 1]
+    # and, before they are, how many there are: the kernel would read behind them
+    for wrong in (torch.zeros(1, dtype=torch.int64, device="meta"), torch.zeros(2, dtype=torch.int32, device="meta")):
+        with pytest.raises(ValueError, match=r"kept must be \[2\] int64, got"):
+            keep_largest._cuda(torch.rand(2, 4), wrong)
     shifted = torch.rand(41)[1:].view(10, 4)
     kept = torch.full((10,), 2)
     assert torch.equal(keep_largest._cuda(shifted, kept), keep_largest.reference(shifted, kept))
