@@ -12,15 +12,14 @@ void linear_24_checked(const py::tuple& operands, int64_t out_features, int64_t 
   check_features(out_features, in_features);
   check_operands(operands, 2);
   const Memory values("values", operands[0]), positions("positions", operands[1]);
-  const Weight24 weight = {values.as<void>(), positions.as<uint64_t>(), out_features, in_features};
-  check(dtype_of(operands[0]) == DType::kBFloat16, "values must be bfloat16");
+  const Weight24 weight = {values.as<uint16_t>("values"), positions.as<uint64_t>("positions"), out_features, in_features};
+  check(values.dtype("values") == DType::kBFloat16, "values must be bfloat16");
   const int64_t panels = panels_of(out_features), groups = blocks_of(in_features) * kGroups24;
-  const int64_t values_size = values.count(2), positions_size = positions.count(8);
   int64_t needed;
-  check(!__builtin_mul_overflow(panels, groups * kPanelRows * 2, &needed) && values_size == needed,
-        "values must hold ", panels, " panels of ", groups * kPanelRows * 2, " elements, got ", values_size);
-  check(positions_size == panels * groups, "positions must hold ", panels, " panels of ", groups, " words, got ",
-        positions_size);
+  check(!__builtin_mul_overflow(panels, groups * kPanelRows * 2, &needed) && values.size == needed,
+        "values must hold ", panels, " panels of ", groups * kPanelRows * 2, " elements, got ", values.size);
+  check(positions.size == panels * groups, "positions must hold ", panels, " panels of ", groups, " words, got ",
+        positions.size);
   const LinearTensors tensors(x, bias, y, DType::kBFloat16, out_features, in_features);
   const int set = find_set(kLinear24Sets, isa);
   call_linear(tensors, [&](auto... call) { return linear_24(weight, call..., set, threads); });

@@ -25,18 +25,21 @@ struct Weight {
     check_features(out_features, in_features);
     check_operands(operands, 3);
     const Memory masks("masks", operands[0]), values("values", operands[1]), offsets("panel_offsets", operands[2]);
-    weight = {dtype_of(operands[1]), masks.as<uint32_t>(), values.as<void>(), offsets.as<int64_t>(), out_features,
+    weight = {values.dtype("values"),
+              masks.as<uint32_t>("masks"),
+              reinterpret_cast<const void*>(values.address),
+              offsets.as<int64_t>("panel_offsets"),
+              out_features,
               in_features};
     panels = panels_of(out_features);
-    const int64_t blocks = blocks_of(in_features), masks_size = masks.count(4), offsets_size = offsets.count(8);
+    const int64_t blocks = blocks_of(in_features);
     int64_t needed;
     const bool overflow = __builtin_mul_overflow(panels, blocks * kBlockMasks, &needed);
-    check(!overflow && masks_size == needed, "masks must hold panels * blocks * 16 words, got ", masks_size, " for ",
+    check(!overflow && masks.size == needed, "masks must hold panels * blocks * 16 words, got ", masks.size, " for ",
           panels, " panels of ", blocks, " blocks");
-    check(offsets_size == panels + 1, "panel_offsets must hold ", panels + 1, " offsets, got ", offsets_size);
-    const int64_t value = value_bytes(weight.dtype);
-    check_offsets("panel_offsets", weight.panel_offsets, panels, values.count(value) - kTailBytes / value,
-                  "kept values");
+    check(offsets.size == panels + 1, "panel_offsets must hold ", panels + 1, " offsets, got ", offsets.size);
+    const int64_t kept = values.size - kTailBytes / values.element_bytes;
+    check_offsets("panel_offsets", weight.panel_offsets, panels, kept, "kept values");
   }
 };
 

@@ -25,21 +25,22 @@ struct IndexWeight {
         values("values", operands[3]), step_offsets("step_offsets", operands[4]),
         value_offsets("value_offsets", operands[5]);
     weight = {dtype,
-              steps.as<uint16_t>(),
-              masks.as<uint64_t>(),
-              places.as<uint8_t>(),
-              values.as<void>(),
-              step_offsets.as<int64_t>(),
-              value_offsets.as<int64_t>(),
+              steps.as<uint16_t>("steps"),
+              masks.as<uint64_t>("masks"),
+              places.as<uint8_t>("places"),
+              reinterpret_cast<const void*>(values.address),
+              step_offsets.as<int64_t>("step_offsets"),
+              value_offsets.as<int64_t>("value_offsets"),
               out_features,
               in_features};
-    const int64_t values_size = values.count(value_bytes(dtype));
-    check_size("steps", steps.count(2), panels, windows_of(in_features));
-    check_size("step_offsets", step_offsets.count(8), 1, panels + 1);
-    check_size("value_offsets", value_offsets.count(8), 1, panels + 1);
-    check_size("places", places.bytes, 1, values_size);
-    check_offsets("step_offsets", weight.step_offsets, panels, masks.count(8), "steps");
-    check_offsets("value_offsets", weight.value_offsets, panels, values_size - kIndexTail, "kept values");
+    check(values.element_bytes == value_bytes(dtype), "values must have elements of ", value_bytes(dtype),
+          " bytes, got ", values.element_bytes);
+    check_size("steps", steps.size, panels, windows_of(in_features));
+    check_size("step_offsets", step_offsets.size, 1, panels + 1);
+    check_size("value_offsets", value_offsets.size, 1, panels + 1);
+    check_size("places", places.size, 1, values.size);
+    check_offsets("step_offsets", weight.step_offsets, panels, masks.size, "steps");
+    check_offsets("value_offsets", weight.value_offsets, panels, values.size - kIndexTail, "kept values");
   }
 };
 
@@ -119,7 +120,7 @@ void linear_checked(const py::tuple& operands, int64_t out_features, int64_t in_
   check_threads(threads);
   check(has_linear_bitmap_index(), "this machine does not have the instructions of linear_bitmap_index");
   check_operands(operands, 6);
-  check(dtype_of(operands[3]) == DType::kBFloat16, "values must be bfloat16");
+  check(Memory("values", operands[3]).dtype("values") == DType::kBFloat16, "values must be bfloat16");
   const BitmapIndexWeight weight = IndexWeight(DType::kBFloat16, operands, out_features, in_features).weight;
   const LinearTensors tensors(x, bias, y, DType::kBFloat16, out_features, in_features);
   call_linear(tensors, [&](auto... call) { return linear_bitmap_index(weight, call..., threads); });
@@ -133,9 +134,9 @@ void int8_linear_checked(const py::tuple& operands, int64_t out_features, int64_
   check_operands(operands, 8);
   const IndexWeight packed(DType::kInt8, operands, out_features, in_features);
   const Memory scales("scales", operands[6]);
-  const Int8Kind kind(operands[7], in_features, kWindowInputs);
-  check_size("scales", scales.count(4), packed.panels * kPanelRows, kind.groups);
-  const Int8Scales scaled = {kind.dtype, scales.as<float>(), kind.group_size};
+  const Int8Kind kind({"kind", operands[7]}, in_features, kWindowInputs);
+  check_size("scales", scales.size, packed.panels * kPanelRows, kind.groups);
+  const Int8Scales scaled = {kind.dtype, scales.as<float>("scales"), kind.group_size};
   const LinearTensors tensors(x, bias, y, kind.dtype, out_features, in_features);
   call_linear(tensors, [&](auto... call) { return linear_bitmap_int8_index(packed.weight, scaled, call..., threads); });
 }

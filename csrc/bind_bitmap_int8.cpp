@@ -19,15 +19,20 @@ struct Int8Weight {
     check_operands(operands, 5);
     const Memory masks("masks", operands[0]), values("values", operands[1]), offsets("panel_offsets", operands[2]),
         scales("scales", operands[3]);
-    const Int8Kind kind(operands[4], in_features, kInt8BlockInputs);
-    weight = {kind.dtype,         masks.as<uint64_t>(), values.as<int8_t>(), offsets.as<int64_t>(),
-              scales.as<float>(), kind.group_size,      out_features,        in_features};
+    const Int8Kind kind({"kind", operands[4]}, in_features, kInt8BlockInputs);
+    weight = {kind.dtype,
+              masks.as<uint64_t>("masks"),
+              values.as<int8_t>("values"),
+              offsets.as<int64_t>("panel_offsets"),
+              scales.as<float>("scales"),
+              kind.group_size,
+              out_features,
+              in_features};
     panels = panels_of(out_features);
-    check_size("masks", masks.count(8), panels, masks_of(in_features));
-    check_size("scales", scales.count(4), panels * kPanelRows, kind.groups);
-    const int64_t offsets_size = offsets.count(8);
-    check(offsets_size == panels + 1, "panel_offsets must hold ", panels + 1, " offsets, got ", offsets_size);
-    check_offsets("panel_offsets", weight.panel_offsets, panels, values.bytes - kTailBytes, "kept values");
+    check_size("masks", masks.size, panels, masks_of(in_features));
+    check_size("scales", scales.size, panels * kPanelRows, kind.groups);
+    check(offsets.size == panels + 1, "panel_offsets must hold ", panels + 1, " offsets, got ", offsets.size);
+    check_offsets("panel_offsets", weight.panel_offsets, panels, values.size - kTailBytes, "kept values");
   }
 };
 

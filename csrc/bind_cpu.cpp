@@ -4,7 +4,7 @@
 #include <cstring>
 #include <new>
 
-#include "bind_cpu.h"
+#include "bind_linear.h"
 #include "cpu/huge_pages.h"
 
 #if defined(_OPENMP) && defined(__linux__)
@@ -152,6 +152,8 @@ PYBIND11_MODULE(_cpu, module) {
   using namespace sparsekern;
   release_threads_before_fork();
   module.attr("ABI") = kAbi;
+  module.def("are_plain", are_plain, py::arg("x"), py::arg("operands"), py::arg("bias"),
+             "Whether all are plain tensors of torch, on the CPU.");
   bind_bitmap(module);
   bind_bitmap_index(module);
   bind_bitmap_int8(module);

@@ -12,12 +12,12 @@ void linear_dense_checked(const py::tuple& operands, int64_t out_features, int64
   check_features(out_features, in_features);
   check_operands(operands, 1);
   const Memory panels("panels", operands[0]);
-  const DenseWeight weight = {dtype_of(operands[0]), panels.as<void>(), out_features, in_features};
+  const DenseWeight weight = {panels.dtype("panels"), reinterpret_cast<const void*>(panels.address), out_features,
+                              in_features};
   const int64_t rows = panels_of(out_features) * kPanelRows, inputs = blocks_of(in_features) * kBlockInputs;
-  const int64_t size = panels.count(value_bytes(weight.dtype));
   int64_t needed;
-  check(!__builtin_mul_overflow(rows, inputs, &needed) && size == needed, "panels must hold ", rows, " by ", inputs,
-        " elements, got ", size);
+  check(!__builtin_mul_overflow(rows, inputs, &needed) && panels.size == needed, "panels must hold ", rows, " by ", inputs,
+        " elements, got ", panels.size);
   const LinearTensors tensors(x, bias, y, weight.dtype, out_features, in_features);
   const int set = find_set(kLinearDenseSets, isa);
   call_linear(tensors, [&](auto... call) { return linear_dense(weight, call..., set, threads); });

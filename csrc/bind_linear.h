@@ -1,80 +1,107 @@
-// What the bindings of the CPU's linear ops share. They take tensors and not addresses: a tensor is asked by its own
-// methods where it lies, so that neither torch's headers nor its library are needed, and all ops are called alike.
+// What the bindings of the CPU's linear ops share. They take tensors and not addresses: torch says where one lies through
+// DLPack's exchange API, in some 20 ns, so that neither its headers nor its library are needed and all ops are called
+// alike.
 #pragma once
 
 #include <new>
 
 #include "bind_cpu.h"
+#include "dlpack.h"
 
 namespace sparsekern {
 
-// Attributes and methods of a tensor. Never freed, as strings that are interned are not.
-struct TensorNames {
-  PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
-  PyObject* is_contiguous = PyUnicode_InternFromString("is_contiguous");
-  PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
-  PyObject* nbytes = PyUnicode_InternFromString("nbytes");
-  PyObject* dtype = PyUnicode_InternFromString("dtype");
-  PyObject* shape = PyUnicode_InternFromString("shape");
-};
-
-inline const TensorNames& tensor_names() {
-  static const TensorNames names;
-  return names;
+inline py::handle torch_tensor_type() {
+  // never released: there is no moment at which nobody asks
+  static const py::handle type = py::module_::import("torch").attr("Tensor").cast<py::object>().release();
+  return type;
 }
 
-inline py::object owned(PyObject* object) {
-  if (object == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(object);
-}
-
-inline py::object get(py::handle tensor, PyObject* attribute) {
-  return owned(PyObject_GetAttr(tensor.ptr(), attribute));
-}
-
-inline py::object ask(py::handle tensor, PyObject* method) {
-  return owned(PyObject_CallMethodNoArgs(tensor.ptr(), method));
-}
-
-inline int64_t number(const py::object& object) {
-  const int64_t value = PyLong_AsLongLong(object.ptr());
-  if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
-  return value;
+inline const dlpack::ExchangeApi& exchange_api() {
+  static const auto* const api = [] {
+    const py::object capsule = py::getattr(torch_tensor_type(), "__dlpack_c_exchange_api__", py::none());
+    const auto* found = capsule.is_none() ? nullptr
+                                          : static_cast<const dlpack::ExchangeApi*>(
+                                                PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsule));
+    if (found == nullptr || found->major != dlpack::kMajor || found->describe == nullptr) {
+      PyErr_Clear();
+      throw std::runtime_error("this torch does not describe its tensors by version 1 of DLPack's exchange API: the "
+                               "CPU's linear kernels need torch 2.11 or newer");
+    }
+    return found;
+  }();
+  return *api;
 }
 
 // A tensor as it lies in memory: all of it, in order.
 struct Memory {
   Address address;
-  int64_t bytes;
+  int64_t size;  // elements
+  int64_t element_bytes;
+  dlpack::Tensor tensor;  // its shape and strides are valid as long as nobody changes the tensor
 
-  Memory(const char* name, py::handle tensor) {
-    const TensorNames& names = tensor_names();
-    check(get(tensor, names.is_cpu).is(py::handle(Py_True)) &&
-              ask(tensor, names.is_contiguous).is(py::handle(Py_True)),
-          name, " must be contiguous and on the CPU");
-    address = static_cast<Address>(number(ask(tensor, names.data_ptr)));
-    bytes = number(get(tensor, names.nbytes));
+  Memory(const char* name, py::handle object) {
+    if (!describe(object, tensor)) refuse(name, " must be a tensor on the CPU");
+    size = 1;
+    bool contiguous = true;
+    for (int d = tensor.ndim - 1; d >= 0; --d) {
+      contiguous = contiguous && (tensor.shape[d] == 1 || tensor.strides[d] == size);
+      size *= tensor.shape[d];
+    }
+    check(contiguous || size == 0, name, " must be contiguous");
+    address = reinterpret_cast<Address>(tensor.data) + tensor.byte_offset;
+    element_bytes = tensor.type_bits * tensor.type_lanes / 8;
   }
 
-  // As elements of that many bytes, whatever type the tensor says they have; -1 when they are not whole.
-  int64_t count(int64_t element_bytes) const { return bytes % element_bytes == 0 ? bytes / element_bytes : -1; }
+  // False for what is no tensor or has no address on the CPU.
+  static bool describe(py::handle object, dlpack::Tensor& tensor) {
+    if (!py::isinstance(object, torch_tensor_type())) return false;
+    if (exchange_api().describe(object.ptr(), &tensor) == 0) return tensor.device_type == dlpack::kCpu;
+    PyErr_Clear();
+    return false;
+  }
 
+
+
+  // Of elements that are read as bytes, words or the like.
   template <class Element>
-  const Element* as() const {
+  const Element* as(const char* name) const {
+    check(element_bytes == sizeof(Element), name, " must have elements of ", static_cast<int64_t>(sizeof(Element)),
+          " bytes, got ", element_bytes);
     return reinterpret_cast<const Element*>(address);
+  }
+
+  DType dtype(const char* name) const {
+    if (tensor.type_code == dlpack::kBFloat && element_bytes == 2) return DType::kBFloat16;
+    if (tensor.type_code == dlpack::kFloat && element_bytes == 4) return DType::kFloat32;
+    if (tensor.type_code == dlpack::kFloat && element_bytes == 2) return DType::kFloat16;
+    refuse(name, " must be bfloat16, float16 or float32");
   }
 };
 
-inline DType dtype_of(py::handle tensor) {
-  const auto type_of = [](const char* name) {
-    return py::module_::import("torch").attr(name).cast<py::object>().release();
-  };
-  static const py::handle bfloat16 = type_of("bfloat16"), float32 = type_of("float32"), float16 = type_of("float16");
-  const py::object dtype = get(tensor, tensor_names().dtype);
-  if (dtype.is(bfloat16)) return DType::kBFloat16;
-  if (dtype.is(float32)) return DType::kFloat32;
-  if (dtype.is(float16)) return DType::kFloat16;
-  throw py::value_error("dtype must be bfloat16, float16 or float32, got " + std::string(py::str(dtype)));
+// Whether a tensor is of torch's own class, on the CPU, and its values are those in memory.
+inline bool is_plain(py::handle object) {
+  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+  if (Py_TYPE(object.ptr()) != reinterpret_cast<PyTypeObject*>(torch_tensor_type().ptr())) return false;
+  dlpack::Tensor tensor;
+  if (!Memory::describe(object, tensor)) return false;
+  bool empty = false;
+  for (int d = 0; d < tensor.ndim; ++d) empty = empty || tensor.shape[d] == 0;
+  // zeros that torch keeps no memory for
+  if (tensor.data == nullptr && !empty) return false;
+  // the imaginary part of a conjugate is kept as its negative
+  if (tensor.type_code != dlpack::kFloat && tensor.type_code != dlpack::kBFloat) return true;
+  const auto negative = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object.ptr(), is_neg));
+  if (!negative) throw py::error_already_set();
+  return negative.ptr() == Py_False;
+}
+
+// The same of all that a call of a linear op is given.
+inline bool are_plain(py::handle x, const py::tuple& operands, py::handle bias) {
+  if (!is_plain(x) || (!bias.is_none() && !is_plain(bias))) return false;
+  for (const py::handle operand : operands) {
+    if (!is_plain(operand)) return false;
+  }
+  return true;
 }
 
 inline void check_operands(const py::tuple& operands, size_t count) {
@@ -89,10 +116,9 @@ struct Int8Kind {
   int64_t group_size;  // a multiple of `multiple`
   int64_t groups;
 
-  Int8Kind(py::handle kind, int64_t in_features, int64_t multiple) : dtype(dtype_of(kind)) {
-    const py::object sizes = get(kind, tensor_names().shape);
-    check(PyObject_Length(sizes.ptr()) == 2, "kind must have two dimensions");
-    group_size = number(owned(PySequence_GetItem(sizes.ptr(), 1)));
+  Int8Kind(const Memory& kind, int64_t in_features, int64_t multiple) : dtype(kind.dtype("kind")) {
+    check(kind.tensor.ndim == 2, "kind must have two dimensions, got ", kind.tensor.ndim);
+    group_size = kind.tensor.shape[1];
     // one group, which may end after the last input
     if (group_size <= 0 || group_size >= in_features) {
       const int64_t blocks = (in_features + multiple - 1) / multiple;
@@ -114,24 +140,27 @@ struct LinearTensors {
 
   LinearTensors(py::handle x_tensor, py::handle bias_tensor, py::handle y_tensor, DType dtype, int64_t out_features,
                 int64_t in_features) {
-    const int64_t bytes = value_bytes(dtype);
-    const Memory x_memory("x", x_tensor), y_memory("y", y_tensor);
-    const int64_t x_size = x_memory.count(bytes), y_size = y_memory.count(bytes);
-    tokens = out_features == 0 ? 0 : y_size / out_features;
-    check(y_size >= 0 && y_size == tokens * out_features, "y must hold tokens * out_features elements, got ", y_size);
+    const Memory x_memory = of_dtype("x", x_tensor, dtype), y_memory = of_dtype("y", y_tensor, dtype);
+    tokens = out_features == 0 ? 0 : y_memory.size / out_features;
+    check(y_memory.size == tokens * out_features, "y must hold tokens * out_features elements, got ", y_memory.size);
     int64_t needed;
     const bool overflow = __builtin_mul_overflow(tokens, in_features, &needed);
     // where there are no outputs, nobody knows how many tokens there are
-    check(out_features == 0 || (!overflow && x_size == needed), "x must hold tokens * in_features elements, got ",
-          x_size);
-    x = x_memory.as<void>();
+    check(out_features == 0 || (!overflow && x_memory.size == needed),
+          "x must hold tokens * in_features elements, got ", x_memory.size);
+    x = reinterpret_cast<const void*>(x_memory.address);
     y = reinterpret_cast<void*>(y_memory.address);
     bias = nullptr;
     if (bias_tensor.is_none()) return;
-    const Memory bias_memory("bias", bias_tensor);
-    const int64_t bias_size = bias_memory.count(bytes);
-    check(bias_size == out_features, "bias must hold ", out_features, " elements, got ", bias_size);
-    bias = bias_memory.as<void>();
+    const Memory bias_memory = of_dtype("bias", bias_tensor, dtype);
+    check(bias_memory.size == out_features, "bias must hold ", out_features, " elements, got ", bias_memory.size);
+    bias = reinterpret_cast<const void*>(bias_memory.address);
+  }
+
+  static Memory of_dtype(const char* name, py::handle tensor, DType dtype) {
+    const Memory memory(name, tensor);
+    check(memory.dtype(name) == dtype, name, " must have the weight's dtype");
+    return memory;
   }
 };
 

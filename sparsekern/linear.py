@@ -63,7 +63,7 @@ class SparseLinear(nn.Module):
         Under autocast x may have another dtype, and y has autocast's, as with nn.Linear; what is multiplied has the
         weight's.
         """
-        device = x.device.type
+        device = "cpu" if x.is_cpu else x.device.type
         # there is no autocast on the meta device, and asking for it is an error
         if device != "meta" and torch.is_autocast_enabled(device):
             x = x.to(self.dtype) if x.dtype in _AUTOCAST else x
@@ -72,8 +72,9 @@ class SparseLinear(nn.Module):
 
     def _multiply(self, x: Tensor) -> Tensor:
         buffers = self._buffers
-        operands = tuple(buffers[name] for name in self._operand_names)
-        return self._run(x, operands, self.bias, self.out_features, self.in_features)
+        # by its name, nn.Module would look for the bias in three places, for as long as a product's own call takes
+        operands = tuple([buffers[name] for name in self._operand_names])
+        return self._run(x, operands, buffers["bias"], self.out_features, self.in_features)
 
     @property
     def packed(self) -> Packed:

@@ -15,7 +15,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._C import _any_requires_grad, _dispatch_keys, _dispatch_tls_local_include_set, _len_torch_function_stack
+from torch._C import _any_requires_grad, _dispatch_tls_local_include_set, _len_torch_function_stack
+from torch.autograd import _profiler_enabled
+
+from sparsekern.ops import compiled
 
 Operands = tuple[Tensor, ...]
 
@@ -34,34 +37,26 @@ def check_product(x: Tensor, values: Tensor, bias: Tensor | None, in_features: i
         raise ValueError(f"x must be on the weight's device {values.device}, got {x.device}")
 
 
-def _keys_of_plain_tensors() -> frozenset[int]:
-    """The dispatch keys with which an op goes straight to the CPU's function, with and without inference mode."""
-    keys = set()
-    for inside, made_inside in ((False, False), (False, True), (True, False), (True, True)):
-        with torch.inference_mode(made_inside):
-            plain = torch.empty(0, device="cpu")
-        with torch.inference_mode(inside):
-            keys.add((_dispatch_keys(plain) | _dispatch_tls_local_include_set()).raw_repr())
-    return frozenset(keys)
+def _usual_keys() -> frozenset[int]:
+    """What torch adds to every call's dispatch keys when no mode, transform or tracer is active."""
+    found = set()
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            found.add(_dispatch_tls_local_include_set().raw_repr())
+    return frozenset(found)
 
 
-_PLAIN = _keys_of_plain_tensors()
+_USUAL_KEYS = _usual_keys()
 
 
 def dispatcher_adds_nothing(x: Tensor, operands: Operands, bias: Tensor | None) -> bool:
     """Whether torch's dispatcher would go straight to the CPU's function, with these tensors and whatever is active."""
     # first, because dynamo knows the answer and reads no further
-    if torch.compiler.is_compiling() or type(x) is not Tensor or _len_torch_function_stack():
+    if torch.compiler.is_compiling() or _len_torch_function_stack() or _profiler_enabled():
         return False
-    keys = _dispatch_keys(x) | _dispatch_tls_local_include_set()
-    if bias is not None:
-        if type(bias) is not Tensor:
-            return False
-        keys = keys | _dispatch_keys(bias)
-    for operand in operands:
-        if type(operand) is not Tensor or not operand.is_cpu or operand.is_neg():
-            return False
-    if keys.raw_repr() not in _PLAIN or torch.autograd._profiler_enabled():
+    if _dispatch_tls_local_include_set().raw_repr() not in _USUAL_KEYS:
+        return False
+    if not compiled.cpu().are_plain(x, operands, bias):
         return False
     return not (torch.is_grad_enabled() and _any_requires_grad(x, bias, *operands))
 
@@ -104,9 +99,14 @@ class CpuLinear:
     def _product(
         self, x: Tensor, operands: Operands, bias: Tensor | None, out_features: int, in_features: int
     ) -> Tensor:
-        check_product(x, operands[self._kind], bias, in_features)
-        # not a view: autograd lets nobody write to one that an op has returned
-        y = x.new_empty((*x.shape[:-1], out_features))
+        shape, dtype = x.shape, operands[self._kind].dtype
+        right = shape and shape[-1] == in_features and x.dtype == dtype and (bias is None or bias.dtype == dtype)
+        if not right:
+            # says what is not
+            check_product(x, operands[self._kind], bias, in_features)
+        # not a view: autograd lets nobody write to one that an op has returned. To take a tuple apart costs torch more
+        # than all of the checks
+        y = x.new_empty(shape[0], out_features) if len(shape) == 2 else x.new_empty(*shape[:-1], out_features)
         bias = None if bias is None else bias.contiguous()
         self._multiply(x.contiguous(), operands, bias, y, in_features)
         return y
