@@ -65,6 +65,28 @@ void linear_bitmap_fragments(uintptr_t x, int64_t x_size, uintptr_t masks, int64
                                                   at<void>(workspace), tokens, at<CUstream_st>(stream)));
 }
 
+void bitmap_fragments_masks(uintptr_t bitmap, int64_t bitmap_size, uintptr_t masks, int64_t masks_size, uintptr_t quads,
+                            int64_t quads_size, int64_t out_features, int64_t in_features, uintptr_t stream) {
+  // what a weight without cells is given, and its quads as all its rows of cells but the end
+  weight_of(masks, masks_size, 0, 0, quads, quads_size + 1, 0, out_features, in_features);
+  check_size("bitmap", bitmap_size, out_features, (in_features + 7) / 8);
+  raise("bitmap_fragments",
+        sparsekern::cuda::bitmap_fragments_masks(at<const uint8_t>(bitmap), at<uint32_t>(masks), at<int32_t>(quads),
+                                                 out_features, in_features, at<CUstream_st>(stream)));
+}
+
+void bitmap_fragments_cells(uintptr_t dense, int64_t dense_size, uintptr_t masks, int64_t masks_size, uintptr_t cells,
+                            int64_t cell_rows, uintptr_t quad_rows, int64_t quad_rows_size, int64_t out_features,
+                            int64_t in_features, uintptr_t stream) {
+  weight_of(masks, masks_size, cells, cell_rows, quad_rows, quad_rows_size, 0, out_features, in_features);
+  check_size("dense", dense_size, out_features, in_features);
+  raise("bitmap_fragments",
+        sparsekern::cuda::bitmap_fragments_cells(at<const void>(dense), at<const uint32_t>(masks),
+                                                 at<const int32_t>(quad_rows), at<unsigned char>(cells),
+                                                 static_cast<int>(cell_rows), out_features, in_features,
+                                                 at<CUstream_st>(stream)));
+}
+
 void bitmap_fragments_to_dense(uintptr_t masks, int64_t masks_size, uintptr_t cells, int64_t cell_rows,
                                uintptr_t quad_rows, int64_t quad_rows_size, int64_t capacity, uintptr_t dense,
                                int64_t dense_size, int64_t out_features, int64_t in_features, uintptr_t stream) {
@@ -91,6 +113,12 @@ void bind_cuda_bitmap(py::module_& module) {
              py::arg("capacity"), py::arg("out_features"), py::arg("in_features"));
   bind_linear_bitmap_fragments<__nv_bfloat16>(module, "linear_bitmap_fragments_bf16");
   bind_linear_bitmap_fragments<__half>(module, "linear_bitmap_fragments_fp16");
+  module.def("bitmap_fragments_masks", &bitmap_fragments_masks, py::arg("bitmap"), py::arg("bitmap_size"),
+             py::arg("masks"), py::arg("masks_size"), py::arg("quads"), py::arg("quads_size"), py::arg("out_features"),
+             py::arg("in_features"), py::arg("stream"));
+  module.def("bitmap_fragments_cells", &bitmap_fragments_cells, py::arg("dense"), py::arg("dense_size"),
+             py::arg("masks"), py::arg("masks_size"), py::arg("cells"), py::arg("cell_rows"), py::arg("quad_rows"),
+             py::arg("quad_rows_size"), py::arg("out_features"), py::arg("in_features"), py::arg("stream"));
   module.def("bitmap_fragments_to_dense", &bitmap_fragments_to_dense, py::arg("masks"), py::arg("masks_size"),
              py::arg("cells"), py::arg("cell_rows"), py::arg("quad_rows"), py::arg("quad_rows_size"),
              py::arg("capacity"), py::arg("dense"), py::arg("dense_size"), py::arg("out_features"),

@@ -62,6 +62,45 @@ void unpack_24(uintptr_t values, int64_t values_size, const std::string& dtype, 
                                     at<uint64_t>(status), out_features, in_features, at<CUstream_st>(stream)));
 }
 
+void check_fragments_24(uintptr_t fragments, int64_t fragments_size, uintptr_t ordered, int64_t ordered_size,
+                        int64_t out_features, int64_t in_features) {
+  using namespace sparsekern::cuda;
+  check_shape(out_features, in_features);
+  check(in_features % 4 == 0, "in_features must be a multiple of 4, got " + std::to_string(in_features));
+  const int64_t panels = (out_features + kPanelRows - 1) / kPanelRows;
+  const int64_t chunks = (in_features + kChunkInputs - 1) / kChunkInputs;
+  check_size("fragments", fragments_size, panels, chunks * kChunkValues);
+  check_size("ordered", ordered_size, panels, chunks * kChunkWords);
+  check_address("fragments", fragments, 16);
+  check_address("ordered", ordered, 16);
+}
+
+void fragments_24(uintptr_t values, int64_t values_size, uintptr_t metadata, int64_t metadata_size, uintptr_t fragments,
+                  int64_t fragments_size, uintptr_t ordered, int64_t ordered_size, uintptr_t status,
+                  int64_t status_size, int64_t out_features, int64_t in_features, uintptr_t stream) {
+  check_fragments_24(fragments, fragments_size, ordered, ordered_size, out_features, in_features);
+  check_size("values", values_size, out_features, in_features / 2);
+  check_size("metadata", metadata_size, out_features, (in_features + 15) / 16);
+  check_size("status", status_size, 1, 1);
+  check_address("values", values, 2);
+  check_address("metadata", metadata, 2);
+  raise("fragments_24",
+        sparsekern::cuda::fragments_24(at<const void>(values), at<const int16_t>(metadata), at<void>(fragments),
+                                       at<uint32_t>(ordered), at<uint64_t>(status), out_features, in_features,
+                                       at<CUstream_st>(stream)));
+}
+
+void fragments_24_to_dense(uintptr_t fragments, int64_t fragments_size, uintptr_t ordered, int64_t ordered_size,
+                           uintptr_t dense, int64_t dense_size, int64_t out_features, int64_t in_features,
+                           uintptr_t stream) {
+  check_fragments_24(fragments, fragments_size, ordered, ordered_size, out_features, in_features);
+  check_size("dense", dense_size, out_features, in_features);
+  check_address("dense", dense, 8);
+  raise("fragments_24_to_dense",
+        sparsekern::cuda::fragments_24_to_dense(at<const void>(fragments), at<const uint32_t>(ordered), at<void>(dense),
+                                                out_features, in_features, at<CUstream_st>(stream)));
+}
+
 // `stride` weights from row to row, the dense tensor being what its owner says it is.
 void check_bitmap(uintptr_t dense, Float dtype, uintptr_t bitmap, int64_t bitmap_size, int64_t out_features,
                   int64_t in_features) {
@@ -137,6 +176,13 @@ void bind_cuda_pack(py::module_& module) {
   module.def("unpack_24", &unpack_24, py::arg("values"), py::arg("values_size"), py::arg("dtype"), py::arg("metadata"),
              py::arg("metadata_size"), py::arg("dense"), py::arg("dense_size"), py::arg("status"),
              py::arg("status_size"), py::arg("out_features"), py::arg("in_features"), py::arg("stream"));
+  module.def("fragments_24", &fragments_24, py::arg("values"), py::arg("values_size"), py::arg("metadata"),
+             py::arg("metadata_size"), py::arg("fragments"), py::arg("fragments_size"), py::arg("ordered"),
+             py::arg("ordered_size"), py::arg("status"), py::arg("status_size"), py::arg("out_features"),
+             py::arg("in_features"), py::arg("stream"));
+  module.def("fragments_24_to_dense", &fragments_24_to_dense, py::arg("fragments"), py::arg("fragments_size"),
+             py::arg("ordered"), py::arg("ordered_size"), py::arg("dense"), py::arg("dense_size"),
+             py::arg("out_features"), py::arg("in_features"), py::arg("stream"));
   module.def("bitmap_bits", &bitmap_bits, py::arg("dense"), py::arg("stride"), py::arg("dtype"), py::arg("bitmap"),
              py::arg("bitmap_size"), py::arg("counts"), py::arg("counts_size"), py::arg("status"),
              py::arg("status_size"), py::arg("out_features"), py::arg("in_features"), py::arg("stream"));

@@ -55,6 +55,9 @@ STREAMS = [
     (r"bitmap_values_kernelILi4ELb1E", "SHFL", 32, 12, 6.125),
     (r"bitmap_to_dense_kernelILi2ELb1E", "SHFL", 32, 16, 3.125),
     (r"bitmap_to_dense_kernelILi4ELb1E", "SHFL", 32, 17.5, 6.125),
+    # a warp has 4096 elements, a lane 128
+    (r"fragments_24_kernelILb1E", None, 128, 4, 2.25),
+    (r"fragments_24_to_dense_kernel", None, 128, 3, 3.125),
     (r"keep_largest_kernelILi2E", None, 16, 33, 5),
     (r"keep_largest_kernelILi4E", None, 16, 33, 5),
     (r"keep_largest_kernelILi8E", None, 16, 43, 5),

@@ -1,8 +1,11 @@
-// bitmap_fragments: the dense weight from what linear_bitmap_fragments reads, for many tokens and for torch's product.
+// bitmap_fragments: a bitmap to what linear_bitmap_fragments reads, and that to the dense weight, for many tokens and for
+// torch's product. A warp has a segment of 16 outputs x 512 inputs, a lane 16 inputs of two rows in each of its 8 blocks.
 //
-// A warp rebuilds one segment of 16 outputs x 512 inputs: it copies the segment into shared memory as it lies, and each
-// lane writes the 16 inputs that it has of two rows, a block of 64 inputs after the other. Every byte is read once and
-// written once.
+// The masks are a row's bits and another's, four and four in turn, and tell how many cells each quad of lanes needs. When
+// the quads' rows of cells are known, each lane goes through its weights again and writes a cell whenever it has four.
+//
+// To dense the warp copies the segment into shared memory as it lies, and each lane writes its inputs, a block after the
+// other. Every byte is read once and written once.
 
 #include <algorithm>
 
@@ -13,6 +16,129 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kLaneInputs = 16;  // of a block
+
+// Four bits in every byte's low half, from 16 bits.
+__device__ __forceinline__ uint32_t spread_fours(uint32_t bits) {
+  bits = (bits | bits << 8) & 0x00ff00ff;
+  return (bits | bits << 4) & 0x0f0f0f0f;
+}
+
+__global__ void __launch_bounds__(32 * kWarps) bitmap_fragments_masks_kernel(
+    const uint8_t* __restrict__ bitmap,  // [out_features, row_bytes]
+    uint32_t* __restrict__ masks,        // [panels, segments, kSegmentBlocks, 32]
+    int32_t* __restrict__ quads,         // [panels, segments, kLaneQuads]
+    int64_t out_features, int64_t row_bytes, int64_t panel_segments, int segments) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
+  if (at >= panel_segments) return;
+  const int64_t row = at / segments * kFragmentRows + lane / 4;
+  const int64_t first_byte = at % segments * (kSegmentInputs / 8) + lane % 4 * (kLaneInputs / 8);
+  int count = 0;
+#pragma unroll
+  for (int block = 0; block < kSegmentBlocks; ++block) {
+    uint32_t mask = 0;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const uint8_t* row_bits = bitmap + (row + 8 * h) * row_bytes;
+      uint32_t bits = 0;
+#pragma unroll
+      for (int i = 0; i < kLaneInputs / 8; ++i) {
+        const int64_t byte = first_byte + block * (4 * kLaneInputs / 8) + i;
+        if (row + 8 * h < out_features && byte < row_bytes) bits |= static_cast<uint32_t>(row_bits[byte]) << 8 * i;
+      }
+      mask |= spread_fours(bits) << 4 * h;
+    }
+    masks[(at * kSegmentBlocks + block) * 32 + lane] = mask;
+    count += __popc(mask);
+  }
+  // as many cells as the fullest of four lanes needs
+  int cells = (count + kCellValues - 1) / kCellValues;
+  cells = max(cells, __shfl_xor_sync(0xffffffff, cells, 1));
+  cells = max(cells, __shfl_xor_sync(0xffffffff, cells, 2));
+  if (lane % 4 == 0) quads[at * kLaneQuads + lane / 4] = cells;
+}
+
+// For four mask bits: the selector of prmt that brings the bytes of those kept together, and above it their number.
+__device__ __forceinline__ uint32_t gather_of(unsigned bits) {
+  uint32_t selector = 0x4444, kept = 0;
+#pragma unroll
+  for (unsigned i = 0; i < 4; ++i) {
+    if ((bits >> i & 1) == 0) continue;
+    // byte 4 is of the second operand, which is zero
+    selector = (selector & ~(15u << 4 * kept)) | i << 4 * kept;
+    ++kept;
+  }
+  return selector | kept << 16;
+}
+
+__global__ void __launch_bounds__(32 * kWarps) bitmap_fragments_cells_kernel(
+    const uint16_t* __restrict__ dense,       // [out_features, in_features]
+    const uint32_t* __restrict__ masks,       // [panels, segments, kSegmentBlocks, 32]
+    const int32_t* __restrict__ quad_rows,    // [panels, segments, kLaneQuads] and the end
+    unsigned char* __restrict__ cells,        // [cell_rows, kQuadRowBytes]
+    int64_t out_features, int64_t in_features, int64_t panel_segments, int segments, int cell_rows) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
+  if (at >= panel_segments) return;
+  const int64_t row = at / segments * kFragmentRows + lane / 4;
+  const int64_t first_input = at % segments * kSegmentInputs + lane % 4 * kLaneInputs;
+  const bool aligned = (reinterpret_cast<uintptr_t>(dense) | in_features * 2) % 16 == 0;
+  const uint32_t gather = gather_of(lane % 16);
+  // rows that lie are cut to what there is
+  int cell = min(max(quad_rows[at * kLaneQuads + lane / 4], 0), cell_rows);
+  const int last_cell = min(quad_rows[at * kLaneQuads + lane / 4 + 1], cell_rows);
+  uint2* cells_write = reinterpret_cast<uint2*>(cells) + lane % 4;
+  // what is not yet four values: their low bytes, their high bytes
+  uint64_t low = 0, high = 0;
+  uint32_t waiting = 0;
+#pragma unroll 1
+  for (int block = 0; block < kSegmentBlocks; ++block) {
+    const uint32_t mask = masks[(at * kSegmentBlocks + block) * 32 + lane];
+    const int64_t input = first_input + block * (4 * kLaneInputs);
+    uint32_t rows[2][kLaneInputs / 2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const uint16_t* dense_read = dense + (row + 8 * h) * in_features + input;
+#pragma unroll
+      for (int piece = 0; piece < 2; ++piece) {
+        const int64_t there = row + 8 * h < out_features ? in_features - input - 8 * piece : 0;
+        uint32_t* to = rows[h] + 4 * piece;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) to[j] = 0;
+        if (aligned && there >= 8) {
+          uint32_t four[4];
+          ptx::load(four, dense_read + 8 * piece);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) to[j] = four[j];
+          continue;
+        }
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          if (j < there) to[j / 2] |= static_cast<uint32_t>(dense_read[8 * piece + j]) << 16 * (j % 2);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t entry = __shfl_sync(0xffffffff, gather, static_cast<int>(mask >> 4 * i), 16);
+      const uint32_t* two = rows[i % 2] + i / 2 * 2;
+      low |= static_cast<uint64_t>(ptx::prmt(ptx::prmt(two[0], two[1], 0x6420), 0, entry)) << 8 * waiting;
+      high |= static_cast<uint64_t>(ptx::prmt(ptx::prmt(two[0], two[1], 0x7531), 0, entry)) << 8 * waiting;
+      waiting += entry >> 16;
+      if (waiting < kCellValues) continue;
+      if (cell < last_cell) cells_write[static_cast<int64_t>(cell) * 4] = make_uint2(static_cast<uint32_t>(low), static_cast<uint32_t>(high));
+      ++cell;
+      low >>= 32;
+      high >>= 32;
+      waiting -= kCellValues;
+    }
+  }
+  // the rest, and zeros up to where the fullest of four lanes ends
+  for (; cell < last_cell; ++cell) {
+    cells_write[static_cast<int64_t>(cell) * 4] = make_uint2(static_cast<uint32_t>(low), static_cast<uint32_t>(high));
+    low = high = 0;
+  }
+}
 
 __global__ void __launch_bounds__(32 * kWarps) bitmap_fragments_to_dense_kernel(
     const uint32_t* __restrict__ masks,       // [panels, segments, kSegmentBlocks, 32]
@@ -71,7 +197,38 @@ __global__ void __launch_bounds__(32 * kWarps) bitmap_fragments_to_dense_kernel(
   }
 }
 
+// A warp each; false where there are more than a launch can count.
+bool count_blocks(int64_t panel_segments, int64_t segments, unsigned& blocks) {
+  const int64_t needed = (panel_segments + kWarps - 1) / kWarps;
+  blocks = static_cast<unsigned>(needed);
+  return needed <= INT32_MAX && segments <= INT32_MAX;
+}
+
 }  // namespace
+
+cudaError_t bitmap_fragments_masks(const uint8_t* bitmap, uint32_t* masks, int32_t* quads, int64_t out_features,
+                                   int64_t in_features, cudaStream_t stream) {
+  const BitmapFragments sizes{nullptr, nullptr, nullptr, 0, 0, out_features, in_features};
+  const int64_t panel_segments = sizes.panels() * sizes.segments();
+  unsigned blocks;
+  if (!count_blocks(panel_segments, sizes.segments(), blocks)) return cudaErrorInvalidValue;
+  if (blocks == 0) return cudaSuccess;
+  return launch(bitmap_fragments_masks_kernel, blocks, 32 * kWarps, 0, stream, bitmap, masks, quads, out_features,
+                (in_features + 7) / 8, panel_segments, static_cast<int>(sizes.segments()));
+}
+
+cudaError_t bitmap_fragments_cells(const void* dense, const uint32_t* masks, const int32_t* quad_rows,
+                                   unsigned char* cells, int cell_rows, int64_t out_features, int64_t in_features,
+                                   cudaStream_t stream) {
+  const BitmapFragments sizes{nullptr, nullptr, nullptr, 0, 0, out_features, in_features};
+  const int64_t panel_segments = sizes.panels() * sizes.segments();
+  unsigned blocks;
+  if (!count_blocks(panel_segments, sizes.segments(), blocks)) return cudaErrorInvalidValue;
+  if (blocks == 0) return cudaSuccess;
+  return launch(bitmap_fragments_cells_kernel, blocks, 32 * kWarps, 0, stream, static_cast<const uint16_t*>(dense),
+                masks, quad_rows, cells, out_features, in_features, panel_segments,
+                static_cast<int>(sizes.segments()), cell_rows);
+}
 
 cudaError_t bitmap_fragments_to_dense(const BitmapFragments& weight, void* dense, cudaStream_t stream) {
   const int64_t panel_segments = weight.panels() * weight.segments();

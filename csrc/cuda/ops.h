@@ -77,6 +77,18 @@ constexpr int64_t kChunkTiles = kChunkInputs / kTileInputs;
 constexpr int64_t kChunkValues = kPanelRows * kChunkInputs / 2;
 constexpr int64_t kChunkWords = 32 * 4;  // of metadata
 
+// fragments_24: from a weight of 2-byte elements as pack_24 writes it to that order, which here is called fragments and
+// ordered.
+//   values, metadata  as in pack_24, of any alignment of their elements, fastest on 16 bytes with in_features a multiple
+//                     of 16
+//   status            [1] 0; then 1 as unpack_24 sets it
+cudaError_t fragments_24(const void* values, const int16_t* metadata, void* fragments, uint32_t* ordered,
+                         uint64_t* status, int64_t out_features, int64_t in_features, cudaStream_t stream);
+
+// dense [out_features, in_features] of 2-byte elements, on 8 bytes, in_features a multiple of 4; every one written
+cudaError_t fragments_24_to_dense(const void* fragments, const uint32_t* ordered, void* dense, int64_t out_features,
+                                  int64_t in_features, cudaStream_t stream);
+
 // linear_24: y[t, o] = sum_i x[t, i] W[o, i] + bias[o], W 2:4 in the order above, 0 to kLinear24Tokens tokens.
 //   x          [tokens, in_features], in_features a multiple of 4; any alignment, fastest on 16 bytes with in_features a
 //              multiple of 8
@@ -154,6 +166,18 @@ struct BitmapFragments {
   int64_t panels() const { return (out_features + kFragmentRows - 1) / kFragmentRows; }
   int64_t segments() const { return (in_features + kSegmentInputs - 1) / kSegmentInputs; }
 };
+
+// From a bitmap to that order, in two steps: the second needs the sum of the first's quads.
+//   bitmap     as bitmap_bits writes it
+//   masks      as above; bitmap_fragments_masks writes every word, and of quads
+//   quads      [panels * segments * kLaneQuads], how many rows of cells each needs
+//   dense      [out_features, in_features] of 2-byte elements, looked at where the masks keep something
+//   cells      [cell_rows, 4 lanes, 2, 4] bytes, every one written that quad_rows leads to
+cudaError_t bitmap_fragments_masks(const uint8_t* bitmap, uint32_t* masks, int32_t* quads, int64_t out_features,
+                                   int64_t in_features, cudaStream_t stream);
+cudaError_t bitmap_fragments_cells(const void* dense, const uint32_t* masks, const int32_t* quad_rows,
+                                   unsigned char* cells, int cell_rows, int64_t out_features, int64_t in_features,
+                                   cudaStream_t stream);
 
 // dense [out_features, in_features] of 2-byte elements, every one written
 cudaError_t bitmap_fragments_to_dense(const BitmapFragments& weight, void* dense, cudaStream_t stream);

@@ -6,6 +6,7 @@
 // shuffle and a prmt. Every byte is read once and written once.
 
 #include "eight_weights.cuh"
+#include "groups_24.cuh"
 
 namespace sparsekern::cuda {
 namespace {
@@ -31,18 +32,6 @@ __device__ __forceinline__ uint32_t kept_of(unsigned nonzero) {
   const uint32_t selector = (0x10 + 0x22 * first) | (0x10 + 0x22 * second) << 8;
   const uint32_t crowded = __popc(nonzero) > 2;
   return selector | (first | second << 2) << kPositionsAt | crowded << kCrowdedAt;
-}
-
-// For the four bits of a group's metadata: two selectors of prmt that put the kept 2-byte weights in their places, the
-// lower one for weights 0 and 1; byte 4 is of the second operand, which is zero.
-__device__ __forceinline__ uint32_t places_of(unsigned positions) {
-  const unsigned first = positions & 3, second = positions >> 2;
-  uint32_t selectors = 0;
-#pragma unroll
-  for (unsigned i = 0; i < 4; ++i) {
-    selectors |= (i == first ? 0x10u : i == second ? 0x32u : 0x44u) << 8 * i;
-  }
-  return selectors;
 }
 
 // Where a lane's first eight weights stand, and how many weights its row has from there on, as far as that matters.
@@ -179,9 +168,7 @@ __global__ void __launch_bounds__(32 * kWarps) unpack_24_kernel(
     positions |= both << 8 * e;
   }
 
-  // of all groups at once: 4 + second - first - 1 keeps bit 2 where first < second, and borrows from no neighbour
-  bool wrong = ((((positions >> 2 & 0x33333333) | 0x44444444) - (positions & 0x33333333) - 0x11111111) & 0x44444444) !=
-               0x44444444;
+  bool wrong = falls(positions);
   const uint32_t places = places_of(threadIdx.x % 16);
 #pragma unroll
   for (int e = 0; e < kEights; ++e) {

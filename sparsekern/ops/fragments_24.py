@@ -13,6 +13,8 @@ Within a tile, with lane = 4 g + t, the eight values are rows g, g + 8, g, g + 8
 8 + 2t, 8 + 2t + 1 in the last four; and a metadata register is the saved word t % 2 of row g in its low half and of row
 g + 8 in its high half.
 
+On a card a kernel makes that order and checks what it reads; another one writes the dense weight.
+
 Source: PTX ISA, "Matrix fragments for sparse mma.m16n8k32 with .f16 and .bf16 types" and "Sparse matrix storage".
 """
 
@@ -21,7 +23,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparsekern.formats.semi_structured import SemiStructured
-from sparsekern.ops.kernel import Kernel, never_refuses
+from sparsekern.ops import compiled
+from sparsekern.ops.kernel import Kernel, never_refuses, pick
 
 PANEL_ROWS = 16
 CHUNK_INPUTS = 256
@@ -31,6 +34,7 @@ _TILES = 8  # a chunk
 _FRAGMENT = 8  # values of a lane's fragment of a tile
 # positions 0 and 1 in each of a word's four groups, as SemiStructured.pack leaves groups without inputs
 _EMPTY_WORD = 0x4444
+_DTYPES = (torch.bfloat16, torch.float16)
 
 Fragments = tuple[Tensor, Tensor]
 
@@ -80,4 +84,108 @@ def check(operands: Fragments, out_features: int, in_features: int) -> None:
         raise ValueError(f"metadata must be int32 {wanted}, got {metadata.dtype} {list(metadata.shape)}")
 
 
-KERNELS = (Kernel("reference", reference, never_refuses, restore=reference_inverse),)
+def prepare(packed: SemiStructured) -> Fragments:
+    """What `reference` does, by the best kernel for this weight."""
+    return pick(KERNELS, packed).run(packed)
+
+
+def to_dense(operands: Fragments, out_features: int, in_features: int) -> Tensor:
+    """The dense weight [out_features, in_features]. Raises ValueError when the operands are not of this size."""
+    check(operands, out_features, in_features)
+    if _refuses(operands[0]):
+        return reference_inverse(operands, out_features, in_features).to_dense()
+    return torch.ops.sparsekern.fragments_24_to_dense(*operands, out_features, in_features)
+
+
+def _cuda(packed: SemiStructured) -> Fragments:
+    packed.validate_sizes()
+    *operands, status = torch.ops.sparsekern.fragments_24(
+        packed.values.contiguous(), packed.metadata.contiguous(), packed.in_features
+    )
+    if int(status):
+        packed.validate()
+        raise RuntimeError("the metadata changed while it was read")
+    return tuple(operands)
+
+
+def _cuda_refuses(packed: SemiStructured) -> str | None:
+    if packed.metadata.device != packed.device:
+        return f"values and metadata must be on one device, got {packed.device} and {packed.metadata.device}"
+    return _refuses(packed.values)
+
+
+def _refuses(values: Tensor) -> str | None:
+    if values.device.type != "cuda":
+        return f"the weight must be on a CUDA device, got {values.device}"
+    if values.dtype not in _DTYPES:
+        return f"the weight must be bfloat16 or float16, got {values.dtype}"
+    return compiled.why_not("cuda")
+
+
+def _fragments(values: Tensor, metadata: Tensor, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
+    fragments, ordered, status = _fragments_fake(values, metadata, in_features)
+    # a launch goes to the current device
+    with torch.cuda.device(values.device):
+        compiled.cuda().fragments_24(
+            values=values.data_ptr(),
+            values_size=values.numel(),
+            metadata=metadata.data_ptr(),
+            metadata_size=metadata.numel(),
+            fragments=fragments.data_ptr(),
+            fragments_size=fragments.numel(),
+            ordered=ordered.data_ptr(),
+            ordered_size=ordered.numel(),
+            status=status.data_ptr(),
+            status_size=status.numel(),
+            out_features=len(values),
+            in_features=in_features,
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+    return fragments, ordered, status
+
+
+def _fragments_fake(values: Tensor, metadata: Tensor, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
+    panels, chunks = sizes(values.shape[0], in_features)
+    return (
+        values.new_empty(panels, chunks, _TILES, _LANES, _FRAGMENT),
+        values.new_empty(panels, chunks, _LANES, 4, dtype=torch.int32),
+        values.new_zeros(1, dtype=torch.int64),
+    )
+
+
+def _dense(fragments: Tensor, ordered: Tensor, out_features: int, in_features: int) -> Tensor:
+    dense = fragments.new_empty(out_features, in_features)
+    with torch.cuda.device(fragments.device):
+        compiled.cuda().fragments_24_to_dense(
+            fragments=fragments.data_ptr(),
+            fragments_size=fragments.numel(),
+            ordered=ordered.data_ptr(),
+            ordered_size=ordered.numel(),
+            dense=dense.data_ptr(),
+            dense_size=dense.numel(),
+            out_features=out_features,
+            in_features=in_features,
+            stream=torch.cuda.current_stream().cuda_stream,
+        )
+    return dense
+
+
+def _dense_fake(fragments: Tensor, ordered: Tensor, out_features: int, in_features: int) -> Tensor:
+    return fragments.new_empty(out_features, in_features)
+
+
+_LIBRARY = torch.library.Library("sparsekern", "FRAGMENT")
+# status is what csrc/cuda/ops.h says; who asks it waits for the card
+_LIBRARY.define(
+    "fragments_24(Tensor values, Tensor metadata, int in_features) -> (Tensor fragments, Tensor ordered, Tensor status)"
+)
+_LIBRARY.define("fragments_24_to_dense(Tensor fragments, Tensor ordered, int out_features, int in_features) -> Tensor")
+_LIBRARY.impl("fragments_24", _fragments, "CUDA")
+_LIBRARY.impl("fragments_24_to_dense", _dense, "CUDA")
+torch.library.register_fake("sparsekern::fragments_24", _fragments_fake, lib=_LIBRARY)
+torch.library.register_fake("sparsekern::fragments_24_to_dense", _dense_fake, lib=_LIBRARY)
+
+KERNELS = (
+    Kernel("cuda", _cuda, _cuda_refuses, restore=reference_inverse),
+    Kernel("reference", reference, never_refuses, restore=reference_inverse),
+)

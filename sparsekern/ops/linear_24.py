@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from sparsekern.formats import Bitmap, SemiStructured
-from sparsekern.ops import bitmap_rows, compiled, cusparselt, fragments_24, linear_bitmap, panels_24, wgmma_24
+from sparsekern.ops import bitmap_rows, compiled, cusparselt, fragments_24, linear_bitmap, pack_24, panels_24, wgmma_24
 from sparsekern.ops.bitmap_panels import from_panels, to_panels
 from sparsekern.ops.kernel import Kernel, never_refuses
 from sparsekern.ops.linear_call import CpuLinear
@@ -48,7 +48,7 @@ def reference(x: Tensor, packed: SemiStructured, bias: Tensor | None) -> Tensor:
 
 def _bitmap(packed: SemiStructured) -> Bitmap:
     packed.validate()
-    return bitmap_rows.pack(packed.to_dense())
+    return bitmap_rows.pack(pack_24.to_dense(packed))
 
 
 def _to_panels(packed: SemiStructured) -> tuple[Tensor, ...]:
@@ -65,7 +65,7 @@ def _to_rows(packed: SemiStructured) -> tuple[Tensor, ...]:
 
 
 def _from_rows(operands: tuple[Tensor, ...], out_features: int, in_features: int) -> SemiStructured:
-    return SemiStructured.pack(bitmap_rows.to_dense(Bitmap(*operands, in_features)))
+    return pack_24.pack(bitmap_rows.to_dense(Bitmap(*operands, in_features)))
 
 
 def _as_saved(packed: SemiStructured) -> tuple[Tensor, Tensor]:
@@ -197,7 +197,7 @@ def run_expanded(
 
 def dense_cuda(operands: tuple[Tensor, ...], out_features: int, in_features: int) -> Tensor:
     """The dense weight of what the CUDA kernel reads."""
-    return fragments_24.reference_inverse(operands, out_features, in_features).to_dense()
+    return fragments_24.to_dense(operands, out_features, in_features)
 
 
 def cuda_refuses(packed: SemiStructured) -> str | None:
@@ -263,9 +263,9 @@ KERNELS = (
         _from_panels,
         linear_bitmap.dense_cpu,
     ),
-    Kernel("cuda", run_cuda, cuda_refuses, fragments_24.reference, fragments_24.reference_inverse, dense_cuda),
+    Kernel("cuda", run_cuda, cuda_refuses, fragments_24.prepare, fragments_24.reference_inverse, dense_cuda),
     Kernel(
-        "cuda_expanded", run_expanded, cuda_refuses, fragments_24.reference, fragments_24.reference_inverse, dense_cuda
+        "cuda_expanded", run_expanded, cuda_refuses, fragments_24.prepare, fragments_24.reference_inverse, dense_cuda
     ),
     Kernel("wgmma", wgmma_24.run, wgmma_24.refuses, wgmma_24.prepare, wgmma_24.restore, wgmma_24.dense),
     Kernel(
@@ -274,7 +274,7 @@ KERNELS = (
         linear_bitmap.cuda_refuses,
         _to_rows,
         _from_rows,
-        linear_bitmap.dense_from_saved,
+        linear_bitmap.dense_cuda,
     ),
     Kernel("cusparselt", cusparselt.run, cusparselt.refuses, cusparselt.prepare, cusparselt.restore, cusparselt.dense),
     Kernel("reference", _run, never_refuses, _as_saved, _from_saved, _dense_from_saved),

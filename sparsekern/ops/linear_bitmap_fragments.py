@@ -169,7 +169,7 @@ for _name, _implementation in (("linear_bitmap_fragments", _cuda), ("linear_bitm
     torch.library.register_autograd(f"sparsekern::{_name}", _backward, setup_context=_keep, lib=_LIBRARY)
 
 
-_CONVERSIONS = (bitmap_fragments.reference, bitmap_fragments.reference_inverse)
+_CONVERSIONS = (bitmap_fragments.prepare, bitmap_fragments.reference_inverse)
 KERNELS = (
     Kernel("cuda", run, refuses, *_CONVERSIONS, bitmap_fragments.to_dense),
     Kernel("cuda_expanded", run_expanded, refuses, *_CONVERSIONS, bitmap_fragments.to_dense),

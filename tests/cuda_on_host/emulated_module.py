@@ -47,6 +47,26 @@ FUNCTIONS = {
         lambda s: {"values": s["values_size"] * s["bytes"], "metadata": 2 * s["metadata_size"]},
         lambda s: {"dense": s["dense_size"] * s["bytes"], "status": 8},
     ),
+    "fragments_24": Function(
+        _shape,
+        lambda s: {"values": 2 * s["values_size"], "metadata": 2 * s["metadata_size"]},
+        lambda s: {"fragments": 2 * s["fragments_size"], "ordered": 4 * s["ordered_size"], "status": 8},
+    ),
+    "fragments_24_to_dense": Function(
+        _shape,
+        lambda s: {"fragments": 2 * s["fragments_size"], "ordered": 4 * s["ordered_size"]},
+        lambda s: {"dense": 2 * s["dense_size"]},
+    ),
+    "bitmap_fragments_masks": Function(
+        _shape,
+        lambda s: {"bitmap": s["bitmap_size"]},
+        lambda s: {"masks": 4 * s["masks_size"], "quads": 4 * s["quads_size"]},
+    ),
+    "bitmap_fragments_cells": Function(
+        lambda s: [*_shape(s), s["cell_rows"]],
+        lambda s: {"dense": 2 * s["dense_size"], "masks": 4 * s["masks_size"], "quad_rows": 4 * s["quad_rows_size"]},
+        lambda s: {"cells": 32 * s["cell_rows"]},
+    ),
     "bitmap_bits": Function(
         lambda s: [*_shape(s), s["stride"]],
         lambda s: {"dense": _rows(s)},

@@ -1,4 +1,4 @@
-// Runs csrc/cuda/pack_24.cu, bitmap_rows.cu and keep_largest.cu on the CPU.
+// Runs csrc/cuda/pack_24.cu, fragments_24.cu, bitmap_rows.cu, bitmap_fragments.cu and keep_largest.cu on the CPU.
 //   op: an op of ops.h   numbers: its sizes, first the dtype, 0 to 2   tensors: what it reads, in its order
 
 #include "operands.h"
@@ -28,6 +28,50 @@ int run_24(Operands& operands, Float dtype, int64_t bytes, bool pack) {
   auto* dense = operands.result<unsigned char>(out_features * in_features * bytes);
   auto* status = status_of(operands, 1);
   return operands.finish(unpack_24(values, dtype, metadata, dense, status, out_features, in_features, nullptr));
+}
+
+int64_t fragments_of(int64_t out_features, int64_t in_features) {
+  return (out_features + kPanelRows - 1) / kPanelRows * ((in_features + kChunkInputs - 1) / kChunkInputs);
+}
+
+int run_fragments_24(Operands& operands) {
+  const int64_t out_features = operands.number(1), in_features = operands.number(2);
+  const int64_t parts = fragments_of(out_features, in_features);
+  const auto* values = operands.tensor<unsigned char>();
+  const auto* metadata = operands.tensor<int16_t>();
+  auto* fragments = operands.result<uint16_t>(parts * kChunkValues);
+  auto* ordered = operands.result<uint32_t>(parts * kChunkWords);
+  auto* status = status_of(operands, 1);
+  return operands.finish(
+      fragments_24(values, metadata, fragments, ordered, status, out_features, in_features, nullptr));
+}
+
+int run_fragments_24_to_dense(Operands& operands) {
+  const int64_t out_features = operands.number(1), in_features = operands.number(2);
+  const auto* fragments = operands.tensor<uint16_t>();
+  const auto* ordered = operands.tensor<uint32_t>();
+  auto* dense = operands.result<uint16_t>(out_features * in_features);
+  return operands.finish(fragments_24_to_dense(fragments, ordered, dense, out_features, in_features, nullptr));
+}
+
+int run_masks(Operands& operands) {
+  const BitmapFragments sizes{nullptr, nullptr, nullptr, 0, 0, operands.number(1), operands.number(2)};
+  const int64_t parts = sizes.panels() * sizes.segments();
+  const auto* bitmap = operands.tensor<uint8_t>();
+  auto* masks = operands.result<uint32_t>(parts * kSegmentBlocks * 32);
+  auto* quads = operands.result<int32_t>(parts * kLaneQuads);
+  return operands.finish(
+      bitmap_fragments_masks(bitmap, masks, quads, sizes.out_features, sizes.in_features, nullptr));
+}
+
+int run_cells(Operands& operands) {
+  const int64_t out_features = operands.number(1), in_features = operands.number(2), cell_rows = operands.number(3);
+  const auto* dense = operands.tensor<uint16_t>();
+  const auto* masks = operands.tensor<uint32_t>();
+  const auto* quad_rows = operands.tensor<int32_t>();
+  auto* cells = operands.result<unsigned char>(cell_rows * 32);
+  return operands.finish(bitmap_fragments_cells(dense, masks, quad_rows, cells, static_cast<int>(cell_rows),
+                                                out_features, in_features, nullptr));
 }
 
 int run_bits(Operands& operands, Float dtype) {
@@ -79,6 +123,10 @@ int main(int argc, char** argv) {
   const int64_t bytes = dtype == Float::kFloat32 ? 4 : 2;
   const std::string op = operands.op();
   if (op == "pack_24" || op == "unpack_24") return run_24(operands, dtype, bytes, op == "pack_24");
+  if (op == "fragments_24") return run_fragments_24(operands);
+  if (op == "fragments_24_to_dense") return run_fragments_24_to_dense(operands);
+  if (op == "bitmap_fragments_masks") return run_masks(operands);
+  if (op == "bitmap_fragments_cells") return run_cells(operands);
   if (op == "bitmap_bits") return run_bits(operands, dtype);
   if (op == "bitmap_values") return run_values(operands, dtype, bytes);
   if (op == "bitmap_to_dense") return run_to_dense(operands, dtype, bytes);

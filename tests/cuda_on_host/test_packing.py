@@ -1,4 +1,4 @@
-"""csrc/cuda/pack_24.cu, bitmap_rows.cu and keep_largest.cu without a card: every line runs on the CPU.
+"""The CUDA kernels that pack, unpack, reorder and make masks, without a card: every line runs on the CPU.
 
 The ops above them run too, as they would on a card: what is replaced is sparsekern._cuda alone, whose functions get the
 same addresses. tests/ops has what holds for every kernel.
@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from sparsekern.formats import Bitmap, SemiStructured
-from sparsekern.ops import bitmap_rows, compiled, keep_largest, pack_24
+from sparsekern.ops import bitmap_fragments, bitmap_rows, compiled, fragments_24, keep_largest, pack_24
 from sparsekern.pattern import NM
 from tests.cuda_on_host.emulated_module import EmulatedModule
 from tests.cuda_on_host.emulator import ORDERS, build
 
-FILES = ("packing.cpp", "pack_24.cu", "bitmap_rows.cu", "keep_largest.cu")
+FILES = ("pack_24.cu", "fragments_24.cu", "bitmap_rows.cu", "bitmap_fragments.cu", "keep_largest.cu")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # less and more than eight weights, a stretch of a warp, a block's; with and without a multiple of eight and of sixteen
 SHAPES_24 = [(1, 4), (3, 40), (2, 1012), (9, 64), (2, 2064), (1, 4232), (0, 8), (3, 0)]
@@ -25,6 +25,10 @@ SHAPES = [(1, 1), (7, 37), (3, 64), (2, 1025), (2, 4112), (1, 9001), (0, 5), (3,
 OPS = {
     "pack_24": pack_24._pack,
     "unpack_24": pack_24._unpack,
+    "fragments_24": fragments_24._fragments,
+    "fragments_24_to_dense": fragments_24._dense,
+    "bitmap_fragments_masks": bitmap_fragments._masks,
+    "bitmap_fragments_cells": bitmap_fragments._cells,
     "bitmap_bits": bitmap_rows._bits,
     "bitmap_values": bitmap_rows._values,
     "bitmap_to_dense": bitmap_rows._dense,
@@ -35,7 +39,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("packing"), *FILES)
+    return build(tmp_path_factory.mktemp("packing"), "packing.cpp", *FILES)
 
 
 @pytest.fixture
@@ -46,6 +50,7 @@ def emulated(program, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=5))
     monkeypatch.setattr(pack_24, "_to_dense_refuses", lambda packed: None)
+    monkeypatch.setattr(fragments_24, "_refuses", lambda values: None)
     library = torch.library.Library("sparsekern", "IMPL")
     for name, function in OPS.items():
         library.impl(name, function, "CPU")
@@ -216,6 +221,51 @@ def test_offsets_that_lie_lead_the_values_nowhere(emulated):
         torch.ops.sparsekern.bitmap_values(weight, bitmap, row_offsets, len(packed.values))
 
 
+# less and more than a panel and a chunk, a warp's share; with and without rows on 16 bytes
+@pytest.mark.parametrize("shape", [(1, 4), (17, 100), (16, 256), (33, 528), (70, 1040), (0, 8), (3, 0)], ids=str)
+def test_a_2_4_weight_is_brought_into_the_order_of_mma_sp_and_to_dense(emulated, shape):
+    for dtype in (torch.bfloat16, torch.float16):
+        weight = weight_24(shape, dtype)
+        packed = SemiStructured.pack(weight)
+        emulated.order = ORDERS[(sum(shape) + (dtype == torch.float16)) % 3]
+        found, expected = fragments_24.prepare(packed), fragments_24.reference(packed)
+        for name, got, wanted in zip(("values", "metadata"), found, expected, strict=True):
+            assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape), name
+            assert torch.equal(got.view(torch.uint8), wanted.view(torch.uint8)), name
+        assert torch.equal(fragments_24.to_dense(found, *shape), weight + 0.0)
+    values = packed.values.new_empty(packed.values.numel() + 1)[1:].view_as(packed.values).copy_(packed.values)
+    assert torch.equal(fragments_24.prepare(replace(packed, values=values))[0], expected[0])
+
+
+def test_positions_that_cannot_be_are_not_brought_into_that_order(emulated):
+    for shape in ((20, 300), (3, 4), (17, 256)):
+        packed = SemiStructured.pack(weight_24(shape, torch.bfloat16))
+        for row, byte in ((0, 0), (shape[0] - 1, packed.metadata.shape[1] * 2 - 1)):
+            for wrong in (0x41, 0x14, 0xFF, 0x88, 0x4E, 0xE4):
+                lying = replace(packed, metadata=packed.metadata.clone())
+                lying.metadata.view(torch.uint8)[row, byte] = wrong
+                assert told(fragments_24.prepare, lying) == told(SemiStructured.validate, lying)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 37), (129, 17), (16, 512), (33, 1000), (0, 5), (5, 0)], ids=str)
+def test_a_bitmap_is_brought_into_the_order_of_the_tensor_cores(emulated, shape):
+    for number, density in enumerate((0.5, 0.0, 0.1, 1.0)):
+        packed = Bitmap.pack(weight_of(shape, torch.bfloat16, density))
+        emulated.order = ORDERS[(sum(shape) + number) % 3]
+        found, expected = bitmap_fragments._cuda(packed), bitmap_fragments.reference(packed)
+        for got, wanted in zip(found, expected, strict=True):
+            assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape)
+            assert torch.equal(got, wanted)
+
+
+def test_rows_of_cells_that_lie_lead_nowhere(emulated):
+    packed = Bitmap.pack(weight_of((20, 600), torch.float16))
+    masks, cells, quad_rows, _ = bitmap_fragments.reference(packed)
+    far = torch.tensor([1 << 30, -5, 7], dtype=torch.int32).repeat(len(quad_rows))[: len(quad_rows)]
+    for lying, rows in ((torch.full_like(masks, -1), quad_rows), (masks, far)):
+        torch.ops.sparsekern.bitmap_fragments_cells(packed.to_dense(), lying, rows, len(cells))
+
+
 def saliencies(sets, size):
     generator = torch.Generator().manual_seed(sets * size)
     x = torch.randn(sets, size, generator=generator)
@@ -263,10 +313,15 @@ def test_the_ops_keep_the_rules_of_torch(emulated):
     """Schemas, fake tensors, traced shapes: what torch.compile and CUDA graphs need."""
     weight = weight_24((5, 24), torch.bfloat16)
     packed, bitmap = SemiStructured.pack(weight), Bitmap.pack(weight)
+    masks, cells, quad_rows, _ = bitmap_fragments.reference(bitmap)
     ops = torch.ops.sparsekern
     for op, arguments in (
         (ops.pack_24, (weight,)),
         (ops.unpack_24, (packed.values, packed.metadata, 24)),
+        (ops.fragments_24, (packed.values, packed.metadata, 24)),
+        (ops.fragments_24_to_dense, (*fragments_24.reference(packed), 5, 24)),
+        (ops.bitmap_fragments_masks, (bitmap.bitmap, 24)),
+        (ops.bitmap_fragments_cells, (weight, masks, quad_rows, len(cells))),
         (ops.bitmap_bits, (weight,)),
         (ops.bitmap_values, (weight, bitmap.bitmap, bitmap.row_offsets, len(bitmap.values))),
         (ops.bitmap_to_dense, (bitmap.values, bitmap.bitmap, bitmap.row_offsets, 24)),
@@ -285,7 +340,12 @@ def test_the_binding_refuses_what_contradicts_itself():
     rows |= {"status": 0, "status_size": 2, "out_features": 7, "in_features": 12, "stream": 0}
     sets = {"saliency": 0, "kept": 0, "kept_stride": 0, "mask": 0, "mask_size": 28, "status": 0, "status_size": 2}
     sets |= {"sets": 7, "size": 4, "stream": 0}
+    ordered = {"fragments": 0, "fragments_size": 2048, "ordered": 0, "ordered_size": 128, "dense": 0, "dense_size": 84}
+    ordered |= {"out_features": 7, "in_features": 12, "stream": 0}
     for name, arguments, changed, said in (
+        ("fragments_24_to_dense", ordered, {"fragments_size": 2047}, "fragments must hold 1 \\* 2048 elements"),
+        ("fragments_24_to_dense", ordered, {"ordered": 8}, "ordered must lie on 16 bytes"),
+        ("fragments_24_to_dense", ordered, {"dense": 4}, "dense must lie on 8 bytes"),
         ("pack_24", of_24, {"dense_size": 83}, "dense must hold 7 \\* 12 elements, got 83"),
         ("pack_24", of_24, {"in_features": 10}, "in_features must be a multiple of 4, got 10"),
         ("pack_24", of_24, {"dtype": "float64"}, "dtype must be bfloat16, float16 or float32, got float64"),
@@ -318,6 +378,11 @@ def test_on_a_card_2_4_is_packed_as_on_the_cpu(shape, dtype):
     assert_same(SemiStructured(packed.values.cpu(), packed.metadata.cpu(), shape[1]), expected, ["values", "metadata"])
     assert torch.equal(pack_24.to_dense(packed).cpu(), expected.to_dense())
     torch.library.opcheck(torch.ops.sparsekern.pack_24.default, (weight.cuda(),))
+    if dtype != torch.float32:
+        operands = fragments_24.prepare(packed)
+        for found, wanted in zip(operands, fragments_24.reference(expected), strict=True):
+            assert torch.equal(found.cpu(), wanted)
+        assert torch.equal(fragments_24.to_dense(operands, *shape).cpu(), expected.to_dense())
 
 
 @needs_card
@@ -331,6 +396,9 @@ def test_on_a_card_bitmaps_are_packed_as_on_the_cpu(shape, dtype):
         assert torch.equal(getattr(packed, name).cpu(), getattr(expected, name)), name
     assert torch.equal(bitmap_rows.to_dense(packed).cpu(), expected.to_dense())
     torch.library.opcheck(torch.ops.sparsekern.bitmap_bits.default, (weight.cuda(),))
+    if dtype != torch.float32:
+        for found, wanted in zip(bitmap_fragments.prepare(packed), bitmap_fragments.reference(expected), strict=True):
+            assert torch.equal(found.cpu(), wanted)
 
 
 @needs_card
