@@ -150,6 +150,8 @@ void release_threads_before_fork() {
 
 PYBIND11_MODULE(_cpu, module) {
   using namespace sparsekern;
+  // with a torch that does not say where its tensors lie nothing is served: told when this is loaded, as an ImportError
+  exchange_api();
   release_threads_before_fork();
   module.attr("ABI") = kAbi;
   module.def("are_plain", are_plain, py::arg("x"), py::arg("operands"), py::arg("bias"),

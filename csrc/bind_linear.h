@@ -60,8 +60,6 @@ struct Memory {
     return false;
   }
 
-
-
   // Of elements that are read as bytes, words or the like.
   template <class Element>
   const Element* as(const char* name) const {

@@ -112,6 +112,27 @@ def test_cpu_shares_torchs_openmp_runtime():
     assert "/torch/lib/" in libraries.pop()
 
 
+OTHER_TORCH = """
+import torch
+torch.Tensor.__dlpack_c_exchange_api__ = None
+from sparsekern.formats import Bitmap
+from sparsekern.ops import compiled, linear_bitmap
+from sparsekern.ops.kernel import pick
+print(compiled.why_not("cpu"))
+print(pick(linear_bitmap.KERNELS, Bitmap.pack(torch.eye(3))).name)
+"""
+
+
+def test_a_torch_that_does_not_say_where_its_tensors_lie_is_told_when_the_module_is_loaded():
+    """Not by the first forward pass of a layer that is packed already."""
+    if compiled.cpu() is None:
+        pytest.skip(f"sparsekern._cpu: {compiled.why_not('cpu')}")
+    why, kernel = python("-c", OTHER_TORCH, cwd=ROOT).splitlines()
+    assert why.startswith("cannot be loaded: this torch does not describe its tensors")
+    assert why.endswith("need torch 2.11 or newer")
+    assert kernel == "reference"
+
+
 HIDDEN = """
 import importlib.abc, sys
 
