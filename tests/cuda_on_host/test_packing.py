@@ -1,99 +1,23 @@
-"""The CUDA kernels that pack, unpack, reorder and make masks, without a card: every line runs on the CPU.
+"""csrc/cuda/pack_24.cu and bitmap_rows.cu without a card: every line runs on the CPU.
 
-The ops above them run too, as they would on a card: what is replaced is sparsekern._cuda alone, whose functions get the
-same addresses. tests/ops has what holds for every kernel.
+The ops above them run too, as they would on a card (conftest.py). tests/ops has what holds for every kernel.
 """
 
-import contextlib
-import types
 from dataclasses import replace
 
 import pytest
 import torch
 
 from sparsekern.formats import Bitmap, SemiStructured
-from sparsekern.ops import bitmap_fragments, bitmap_rows, compiled, fragments_24, keep_largest, pack_24
-from sparsekern.pattern import NM
-from tests.cuda_on_host.emulated_module import EmulatedModule
-from tests.cuda_on_host.emulator import ORDERS, build
+from sparsekern.ops import bitmap_fragments, bitmap_rows, compiled, fragments_24, pack_24
+from tests.cuda_on_host.emulator import ORDERS
+from tests.cuda_on_host.weights import assert_same, says, told, weight_24, weight_of
 
-FILES = ("pack_24.cu", "fragments_24.cu", "bitmap_rows.cu", "bitmap_fragments.cu", "keep_largest.cu")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # less and more than eight weights, a stretch of a warp, a block's; with and without a multiple of eight and of sixteen
 SHAPES_24 = [(1, 4), (3, 40), (2, 1012), (9, 64), (2, 2064), (1, 4232), (0, 8), (3, 0)]
 SHAPES = [(1, 1), (7, 37), (3, 64), (2, 1025), (2, 4112), (1, 9001), (0, 5), (3, 0)]
-OPS = {
-    "pack_24": pack_24._pack,
-    "unpack_24": pack_24._unpack,
-    "fragments_24": fragments_24._fragments,
-    "fragments_24_to_dense": fragments_24._dense,
-    "bitmap_fragments_masks": bitmap_fragments._masks,
-    "bitmap_fragments_cells": bitmap_fragments._cells,
-    "bitmap_bits": bitmap_rows._bits,
-    "bitmap_values": bitmap_rows._values,
-    "bitmap_to_dense": bitmap_rows._dense,
-    "keep_largest": keep_largest._keep_largest,
-}
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-@pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("packing"), "packing.cpp", *FILES)
-
-
-@pytest.fixture
-def emulated(program, monkeypatch):
-    """The ops take tensors of the CPU, and the kernels are the emulator's."""
-    module = EmulatedModule(program)
-    monkeypatch.setattr(compiled, "cuda", lambda: module)
-    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=5))
-    monkeypatch.setattr(pack_24, "_to_dense_refuses", lambda packed: None)
-    monkeypatch.setattr(fragments_24, "_refuses", lambda values: None)
-    library = torch.library.Library("sparsekern", "IMPL")
-    for name, function in OPS.items():
-        library.impl(name, function, "CPU")
-    yield module
-    library._destroy()
-
-
-def weight_24(shape, dtype, seed=0):
-    """2:4, groups with none, one and two nonzeros at every place, zeros of both signs and numbers next to them."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(shape, generator=generator)
-    weight = weight.where(NM(2, 4).mask(torch.rand(shape, generator=generator)), 0.0)
-    weight = (weight * (torch.rand(shape, generator=generator) < 0.8)).to(dtype)
-    zeros = torch.rand(shape, generator=generator) < 0.2
-    weight = weight.where(~(zeros & (weight == 0)), -0.0)
-    info = torch.finfo(dtype)
-    odd = torch.tensor([info.smallest_normal / 2, -info.smallest_normal, info.max, info.min, 1.0]).to(dtype)
-    drawn = odd[torch.randint(5, shape, generator=generator)]
-    return weight.where((weight == 0) | (torch.rand(shape, generator=generator) < 0.7), drawn)
-
-
-def weight_of(shape, dtype, density=0.5):
-    generator = torch.Generator().manual_seed(sum(shape))
-    kept = torch.rand(shape, generator=generator) < density
-    weight = torch.randn(shape, generator=generator).to(dtype).where(kept, -0.0)
-    if shape[0] > 2:
-        # a full and an empty row
-        weight[0], weight[1] = 1.5, 0.0
-    return weight
-
-
-def assert_same(found, expected, names):
-    for name in names:
-        got, wanted = getattr(found, name), getattr(expected, name)
-        assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape), name
-        # the bits, so that NaN and -0.0 count
-        assert torch.equal(got.view(torch.uint8), wanted.view(torch.uint8)), name
-
-
-def says(call, *arguments):
-    with pytest.raises(ValueError, match=".") as refused:
-        call(*arguments)
-    return str(refused.value)
 
 
 @dtypes
@@ -171,15 +95,6 @@ def test_positions_that_cannot_be_are_refused_in_the_formats_words(emulated):
                     assert torch.equal(pack_24.to_dense(lying), lying.to_dense())
 
 
-def told(call, packed):
-    """What is said against `packed`, if anything."""
-    try:
-        call(packed)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
 @dtypes
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_weight_is_packed_to_a_bitmap_as_the_format_does_and_comes_back(emulated, shape, dtype):
@@ -219,115 +134,6 @@ def test_offsets_that_lie_lead_the_values_nowhere(emulated):
     full = torch.full_like(packed.bitmap, 255)
     for bitmap, row_offsets in ((packed.bitmap, far), (full, packed.row_offsets), (full, far)):
         torch.ops.sparsekern.bitmap_values(weight, bitmap, row_offsets, len(packed.values))
-
-
-# less and more than a panel and a chunk, a warp's share; with and without rows on 16 bytes
-@pytest.mark.parametrize("shape", [(1, 4), (17, 100), (16, 256), (33, 528), (70, 1040), (0, 8), (3, 0)], ids=str)
-def test_a_2_4_weight_is_brought_into_the_order_of_mma_sp_and_to_dense(emulated, shape):
-    for dtype in (torch.bfloat16, torch.float16):
-        weight = weight_24(shape, dtype)
-        packed = SemiStructured.pack(weight)
-        emulated.order = ORDERS[(sum(shape) + (dtype == torch.float16)) % 3]
-        found, expected = fragments_24.prepare(packed), fragments_24.reference(packed)
-        for name, got, wanted in zip(("values", "metadata"), found, expected, strict=True):
-            assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape), name
-            assert torch.equal(got.view(torch.uint8), wanted.view(torch.uint8)), name
-        assert torch.equal(fragments_24.to_dense(found, *shape), weight + 0.0)
-    values = packed.values.new_empty(packed.values.numel() + 1)[1:].view_as(packed.values).copy_(packed.values)
-    assert torch.equal(fragments_24.prepare(replace(packed, values=values))[0], expected[0])
-
-
-def test_positions_that_cannot_be_are_not_brought_into_that_order(emulated):
-    for shape in ((20, 300), (3, 4), (17, 256)):
-        packed = SemiStructured.pack(weight_24(shape, torch.bfloat16))
-        for row, byte in ((0, 0), (shape[0] - 1, packed.metadata.shape[1] * 2 - 1)):
-            for wrong in (0x41, 0x14, 0xFF, 0x88, 0x4E, 0xE4):
-                lying = replace(packed, metadata=packed.metadata.clone())
-                lying.metadata.view(torch.uint8)[row, byte] = wrong
-                assert told(fragments_24.prepare, lying) == told(SemiStructured.validate, lying)
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (7, 37), (129, 17), (16, 512), (33, 1000), (0, 5), (5, 0)], ids=str)
-def test_a_bitmap_is_brought_into_the_order_of_the_tensor_cores(emulated, shape):
-    for number, density in enumerate((0.5, 0.0, 0.1, 1.0)):
-        packed = Bitmap.pack(weight_of(shape, torch.bfloat16, density))
-        emulated.order = ORDERS[(sum(shape) + number) % 3]
-        found, expected = bitmap_fragments._cuda(packed), bitmap_fragments.reference(packed)
-        for got, wanted in zip(found, expected, strict=True):
-            assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape)
-            assert torch.equal(got, wanted)
-
-
-def test_rows_of_cells_that_lie_lead_nowhere(emulated):
-    packed = Bitmap.pack(weight_of((20, 600), torch.float16))
-    masks, cells, quad_rows, _ = bitmap_fragments.reference(packed)
-    far = torch.tensor([1 << 30, -5, 7], dtype=torch.int32).repeat(len(quad_rows))[: len(quad_rows)]
-    for lying, rows in ((torch.full_like(masks, -1), quad_rows), (masks, far)):
-        torch.ops.sparsekern.bitmap_fragments_cells(packed.to_dense(), lying, rows, len(cells))
-
-
-def saliencies(sets, size):
-    generator = torch.Generator().manual_seed(sets * size)
-    x = torch.randn(sets, size, generator=generator)
-    yield x
-    yield (2 * x).round()
-    yield torch.zeros(sets, size).where(x < 0, -0.0)
-    yield x * 1e-42
-    yield x.where(x.abs() < 1, x.sign() * torch.inf)
-
-
-@pytest.mark.parametrize("size", [2, 4, 8, 16])
-def test_the_mask_of_small_sets_is_the_references(emulated, size):
-    for sets in (1, 37, 3000 // size, 0):
-        for number, saliency in enumerate(saliencies(sets, size)):
-            emulated.order = ORDERS[number % 3]
-            for kept in (
-                torch.full((1,), number * size // 4).expand(sets),
-                torch.randint(0, size + 1, (sets,), generator=torch.Generator().manual_seed(number)),
-            )[: 1 + (number < 2)]:
-                expected = keep_largest.reference(saliency, kept)
-                assert torch.equal(keep_largest._cuda(saliency, kept), expected)
-
-
-def test_saliencies_that_are_nan_and_counts_that_cannot_be_are_refused_in_the_references_words(emulated):
-    for size in (2, 4, 8, 16):
-        saliency, kept = torch.rand(50, size), torch.full((50,), 1)
-        saliency[49, size - 1] = saliency[3, 0] = torch.nan
-        assert says(keep_largest._cuda, saliency, kept) == says(keep_largest.reference, saliency, kept)
-    for wrong in (5, -1):
-        kept = torch.tensor([2, wrong])
-        assert says(keep_largest._cuda, torch.rand(2, 4), kept) == says(keep_largest.reference, torch.rand(2, 4), kept)
-        # counts on the card are looked at there
-        _, status = torch.ops.sparsekern.keep_largest(torch.rand(2, 4), kept)
-        assert status.tolist() == [0, 1]
-    # and, before they are, how many there are: the kernel would read behind them
-    for wrong in (torch.zeros(1, dtype=torch.int64, device="meta"), torch.zeros(2, dtype=torch.int32, device="meta")):
-        with pytest.raises(ValueError, match=r"kept must be \[2\] int64, got"):
-            keep_largest._cuda(torch.rand(2, 4), wrong)
-    shifted = torch.rand(41)[1:].view(10, 4)
-    kept = torch.full((10,), 2)
-    assert torch.equal(keep_largest._cuda(shifted, kept), keep_largest.reference(shifted, kept))
-
-
-def test_the_ops_keep_the_rules_of_torch(emulated):
-    """Schemas, fake tensors, traced shapes: what torch.compile and CUDA graphs need."""
-    weight = weight_24((5, 24), torch.bfloat16)
-    packed, bitmap = SemiStructured.pack(weight), Bitmap.pack(weight)
-    masks, cells, quad_rows, _ = bitmap_fragments.reference(bitmap)
-    ops = torch.ops.sparsekern
-    for op, arguments in (
-        (ops.pack_24, (weight,)),
-        (ops.unpack_24, (packed.values, packed.metadata, 24)),
-        (ops.fragments_24, (packed.values, packed.metadata, 24)),
-        (ops.fragments_24_to_dense, (*fragments_24.reference(packed), 5, 24)),
-        (ops.bitmap_fragments_masks, (bitmap.bitmap, 24)),
-        (ops.bitmap_fragments_cells, (weight, masks, quad_rows, len(cells))),
-        (ops.bitmap_bits, (weight,)),
-        (ops.bitmap_values, (weight, bitmap.bitmap, bitmap.row_offsets, len(bitmap.values))),
-        (ops.bitmap_to_dense, (bitmap.values, bitmap.bitmap, bitmap.row_offsets, 24)),
-        (ops.keep_largest, (torch.rand(9, 4), torch.full((1,), 2).expand(9))),
-    ):
-        torch.library.opcheck(op.default, arguments)
 
 
 def test_the_binding_refuses_what_contradicts_itself():
@@ -399,14 +205,3 @@ def test_on_a_card_bitmaps_are_packed_as_on_the_cpu(shape, dtype):
     if dtype != torch.float32:
         for found, wanted in zip(bitmap_fragments.prepare(packed), bitmap_fragments.reference(expected), strict=True):
             assert torch.equal(found.cpu(), wanted)
-
-
-@needs_card
-@pytest.mark.parametrize("size", [2, 4, 8, 16])
-def test_on_a_card_the_mask_of_small_sets_is_the_references(size):
-    for sets in (1, 37, 70_001):
-        for saliency in saliencies(sets, size):
-            kept = torch.full((1,), size // 2).expand(sets)
-            expected = keep_largest.reference(saliency, kept)
-            assert torch.equal(keep_largest._cuda(saliency.cuda(), kept).cpu(), expected)
-            assert torch.equal(keep_largest._cuda(saliency.cuda(), kept.cuda()).cpu(), expected)
