@@ -141,7 +141,8 @@ class SparseLinear(nn.Module):
         if probe.is_meta or ((probe.dtype, probe.device) == (self.dtype, self.device) and not empty_like.called):
             # what has no values to read, as on the meta device, and what stays as it is, as in share_memory()
             for name in self._operand_names:
-                self._buffers[name] = fn(self._buffers[name])
+                # a memory format is for images: what has as many dimensions by chance stays in its order
+                self._buffers[name] = fn(self._buffers[name]).contiguous()
             return self
         if empty_like.called:
             # to_empty() leaves what happens to be in memory, which must not be taken for a bitmap

@@ -75,6 +75,22 @@ def test_no_dense_copy_stays():
 
 
 @FORMATS
+def test_a_memory_format_for_images_leaves_a_layer_as_it_is(format):
+    """Some operands have four dimensions; in another order the kernels would read something else."""
+    linear = pruned_linear(dtype=torch.bfloat16)
+    x = torch.randn(3, linear.in_features).bfloat16()
+    for kernel in LINEAR_KERNELS[format]:
+        packed = sk.SparseLinear.from_linear(linear, format).packed
+        if kernel.refuses(packed) is not None:
+            continue
+        sparse = sk.SparseLinear(packed, linear.bias, kernel)
+        before = sparse(x)
+        sparse.to(memory_format=torch.channels_last)
+        assert all(buffer.is_contiguous() for buffer in sparse.buffers())
+        assert torch.equal(sparse(x), before)
+
+
+@FORMATS
 def test_the_state_dict_is_that_of_the_dense_layer(format):
     linear = pruned_linear()
     sparse = sk.SparseLinear.from_linear(linear, format)
