@@ -6,7 +6,7 @@ record       the rows, kept in a file as they come
 clock        how a call is timed on a card: captured, rotated, alternating
 correctness  the build, the tests on the card, compute-sanitizer
 sanitized    what compute-sanitizer watches
-ceilings  layers  conversions  solver  model    the stages that time
+ceilings  layers  conversions  packing  solver  model    the stages that time
 targets      what is wanted of the card, and whether it was measured
 report  figures   the rows as text and as drawings
 """

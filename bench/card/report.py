@@ -53,7 +53,7 @@ def page(data: Json) -> str:
     for stage in dict.fromkeys(row["stage"] for row in rows if "out_features" in row and "tokens" in row):
         parts += [f"## {stage}", "", CELLS, "", *_layers([row for row in rows if row["stage"] == stage], rows)]
     parts += ["## Conversions, the solver, the model", ""]
-    parts += [f"- {line(row)}" for row in rows if row["stage"] in ("conversions", "solver", "model")]
+    parts += [f"- {line(row)}" for row in rows if row["stage"] in ("conversions", "packing", "solver", "model")]
     missing = [row for row in rows if "error" in row or "left_out" in row]
     parts += ["", "## What has no number", "", *(f"- {line(row)}" for row in missing)]
     return "\n".join(parts) + "\n"

@@ -38,6 +38,7 @@ STAGES = (
     Stage("ceilings", 15, "card.ceilings"),
     Stage("layers llama-3-8b", 75, "card.layers", _layers("llama-3-8b")),
     Stage("conversions", 20, "card.conversions"),
+    Stage("packing", 15, "card.packing"),
     Stage("solver", 60, "card.solver"),
     Stage("model", 90, "card.model"),
     Stage("layers llama-3.2-1b", 30, "card.layers", _layers("llama-3.2-1b", few=True), tiny=False),

@@ -122,15 +122,15 @@ def solver(what: str, name: str, ratio: bool = False):
     return values
 
 
-def of_copy(*endings: str):
+def of_copy(*endings: str, stage: str = "conversions"):
     """A conversion's bytes a second over the copy's of the same run."""
 
     def values(rows: list[Json]) -> Iterator[tuple[float, str]]:
         copied = rate(rows, "copy")
         for row in rows if copied else ():
-            if row["stage"] == "conversions" and "times" in row:
+            if row["stage"] == stage and "times" in row:
                 for name, latency in row["times"].items():
-                    if name.endswith(endings):
+                    if name.endswith(endings) and not name.startswith("torch "):
                         at = f"{row['format']} {name}, {row['out_features']}x{row['in_features']}"
                         yield row["work"][name] / latency["median"] / copied, at
 
@@ -148,6 +148,12 @@ TARGETS = (
     Target("SparseGPT of a 4096x4096 layer", 5.0, solver("layer", "SparseGPT"), "ms", at_most=True),
     Target("SparseGPT over the column loop", 100.0, solver("layer", "SparseGPT", ratio=True)),
     Target("prune mask, pack, unpack: of the copy's bandwidth", 0.7, of_copy("prune mask", "pack", "to_dense"), "%"),
+    Target(
+        "the same, kernels by themselves: of the copy's bandwidth",
+        0.7,
+        of_copy("mask", "pack", "bits", "values", "fragments", stage="packing"),
+        "%",
+    ),
     Target("expand to dense: of the copy's bandwidth", 0.7, of_copy(" expand"), "%"),
     Target("50 % decode over cuBLAS, to 8 tokens", 1.2, over_linear("50%", 8)),
     Target("60 % decode over cuBLAS, to 8 tokens", 1.5, over_linear("60%", 8)),

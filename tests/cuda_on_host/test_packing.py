@@ -4,6 +4,7 @@ The ops above them run too, as they would on a card (conftest.py). tests/ops has
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,6 +135,18 @@ def test_offsets_that_lie_lead_the_values_nowhere(emulated):
     full = torch.full_like(packed.bitmap, 255)
     for bitmap, row_offsets in ((packed.bitmap, far), (full, packed.row_offsets), (full, far)):
         torch.ops.sparsekern.bitmap_values(weight, bitmap, row_offsets, len(packed.values))
+
+
+@pytest.mark.parametrize("kind", ["of_24", "of_bitmap"])
+def test_what_the_bench_times_on_a_card_is_what_the_kernels_make(emulated, kind, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "bench")
+    from card import packing
+
+    variants = getattr(packing, kind)(torch.randn(37, 136).bfloat16(), False)
+    assert len(variants) > 5
+    for call, nbytes in variants.values():
+        call()
+        assert nbytes > 0
 
 
 def test_the_binding_refuses_what_contradicts_itself():
