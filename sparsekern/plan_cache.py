@@ -2,7 +2,8 @@
 
 What was measured holds for one processor, instruction set, number of threads, one version of torch and of sparsekern,
 and one build of the compiled modules. The cache has a file for each such machine, and in it the decisions that were
-steady when they were measured.
+steady when they were measured. A checkpoint's files hold none: they are hashed and travel, and would change with every
+machine that measures; `Plan.save` writes a plan to wherever it is wanted.
 """
 
 import functools

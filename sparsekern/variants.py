@@ -1,6 +1,7 @@
 """variants: forms of one model that stand in memory together: pruned, without its linear layers, and what they take."""
 
 import copy
+import ctypes
 from collections.abc import Callable
 
 import torch
@@ -80,13 +81,15 @@ def peak(call: Callable[[], object], device: torch.device) -> int | None:
         call()
         return torch.cuda.max_memory_allocated(device) - before
     try:
+        # what was freed before would hide what the call takes
+        ctypes.CDLL(None).malloc_trim(0)
         # from here on the high-water mark is of what follows
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
         before = _status("VmRSS")
         call()
         return max(_status("VmHWM") - before, 0)
-    except (OSError, KeyError):
+    except (OSError, KeyError, AttributeError):
         return None
 
 

@@ -18,6 +18,7 @@ TINY = [
     ["gpu.py", "--tiny"],
     ["linear.py", "--tiny"],
     ["model.py", "--tiny"],
+    ["plan.py", "--tiny"],
     ["prune_model.py", "--tiny"],
     ["solver.py", "--tiny", "--methods", "sparsegpt", "admm"],
 ]

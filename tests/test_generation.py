@@ -12,7 +12,7 @@ from sparsekern.generation import DENSE, NO_LINEAR, OWN, measure_generation, plo
 from sparsekern.hf_generate import compile_forward, generate, generate_logits, random_model
 from sparsekern.plan import Unmeasured
 from sparsekern.swap import sparsify
-from sparsekern.variants import pruned
+from sparsekern.variants import peak, pruned
 
 TINY = shapes.find("tiny")
 
@@ -123,6 +123,17 @@ def test_a_compiled_model_that_says_something_else_is_not_timed(monkeypatch):
     with pytest.raises(RuntimeError, match="logits of 4 tokens, compiled and not, differ by 0.5, allowed is 0.1"):
         measured(sparsities=(0.5,), cache="static", compiled=True, blocks=1)
     torch._dynamo.reset()
+
+
+def test_a_peak_counts_what_is_freed_again_however_often_the_call_ran_before():
+    def call():
+        return len([torch.ones(1 << 14, dtype=torch.uint8) for _ in range(4096)])
+
+    found = [peak(call, torch.device("cpu")) for _ in range(2)]
+    if None in found:
+        pytest.skip("this machine does not say how much memory a process had")
+    # 64 MB, but for what the heap holds in pieces and does not give back
+    assert all(32 << 20 <= bytes < 96 << 20 for bytes in found)
 
 
 def test_logits_that_disagree_are_not_timed(monkeypatch):
