@@ -6,11 +6,12 @@
 
 namespace sparsekern {
 
-// Rows of bytes are multiplied four at a time, or are no more than that.
-constexpr int64_t kIndexRows = 4;
+// Rows of bytes are multiplied eight at a time, and what is left of them four, or no more than they are.
+constexpr int64_t kIndexRows = 8;
+constexpr int64_t kFewIndexRows = 4;
 
 constexpr int64_t index_byte_rows(int64_t rows) {
-  return rows <= kIndexRows ? rows : (rows + kIndexRows - 1) / kIndexRows * kIndexRows;
+  return rows <= kFewIndexRows ? rows : (rows + kFewIndexRows - 1) / kFewIndexRows * kFewIndexRows;
 }
 
 struct Int8IndexCall {
@@ -20,8 +21,8 @@ struct Int8IndexCall {
   void* y;
 };
 
-//   pack    fills rows, planes and scale of a group; here its rows are [windows, index_byte_rows(tokens * planes),
-//           kWindowInputs]
+//   pack    fills rows, planes and scale of a group; here its index_byte_rows(tokens * planes) rows lie by kIndexRows,
+//           and then what is left, [windows, kIndexRows, kWindowInputs], so that a product reads on
 //   linear  y of all tokens, of panels first_panel to end_panel - 1
 struct LinearBitmapInt8Index {
   void (*pack)(const void* x, DType dtype, int64_t in_features, Int8Group& group);

@@ -19,7 +19,8 @@ constexpr int64_t kMostSteps = kWindowInputs / kStepWeights;
 // groups of tokens for which a window is expanded once, and whose sums stay in L1
 constexpr int64_t kWideGroups = 8;
 
-inline void prefetch(const void* address) {
+// Inlined always: GCC 12 finds that a function which only prefetches does nothing, and may drop its calls.
+[[gnu::always_inline]] inline void prefetch(const void* address) {
   _mm_prefetch(static_cast<const char*>(address) + kPrefetchBytes, _MM_HINT_T0);
 }
 
@@ -27,38 +28,37 @@ struct Step {
   __m512i places, values;
 };
 
-// A panel's weights, step by step.
-struct Cursor {
+// A panel's weights. `at` counts those that were read.
+struct PanelWeights {
   const uint64_t* masks;
   const uint64_t* masks_end;
   const uint8_t* places;
-  const uint8_t* places_end;
   const int8_t* values;
+  int64_t end;
 
-  Cursor(const BitmapIndexWeight& weight, int64_t panel)
+  PanelWeights(const BitmapIndexWeight& weight, int64_t panel)
       : masks(weight.masks + weight.step_offsets[panel]), masks_end(weight.masks + weight.step_offsets[panel + 1]),
-        places(weight.places + weight.value_offsets[panel]), places_end(weight.places + weight.value_offsets[panel + 1]),
-        values(static_cast<const int8_t*>(weight.values) + weight.value_offsets[panel]) {}
+        places(weight.places + weight.value_offsets[panel]),
+        values(static_cast<const int8_t*>(weight.values) + weight.value_offsets[panel]),
+        end(weight.value_offsets[panel + 1] - weight.value_offsets[panel]) {}
 
-  // steps of a window, which may lie
-  int64_t count(int64_t steps) const {
+  // steps of a window, which may lie, from mask `mask` on
+  int64_t count(int64_t steps, const uint64_t* mask) const {
     steps = steps < kMostSteps ? steps : kMostSteps;
-    return steps < masks_end - masks ? steps : masks_end - masks;
+    return steps < masks_end - mask ? steps : masks_end - mask;
   }
 
-  inline Step next() {
-    const uint64_t mask = *masks++;
-    prefetch(places);
-    prefetch(values);
-    Step step;
-    step.places = _mm512_mask_expand_epi8(fresh_zero(), mask, _mm512_loadu_si512(places));
-    step.values = _mm512_mask_expand_epi8(fresh_zero(), mask, _mm512_loadu_si512(values));
-    const int64_t kept = __builtin_popcountll(mask);
+  // Expands a step and returns where the next one starts.
+  [[gnu::always_inline]] int64_t expand(uint64_t mask, int64_t at, __m512i& step_places, __m512i& step_values) const {
+    // loaded once, not by each that needs it
+    __asm__("" : "+r"(mask));
+    prefetch(places + at);
+    prefetch(values + at);
+    step_places = _mm512_mask_expand_epi8(fresh_zero(), mask, _mm512_loadu_si512(places + at));
+    step_values = _mm512_mask_expand_epi8(fresh_zero(), mask, _mm512_loadu_si512(values + at));
+    const int64_t next = at + __builtin_popcountll(mask);
     // masks that lie: no step starts behind the panel's end, which kIndexTail covers
-    const int64_t moved = kept < places_end - places ? kept : places_end - places;
-    places += moved;
-    values += moved;
-    return step;
+    return next < end ? next : end;
   }
 };
 
@@ -67,7 +67,7 @@ template <int kRows>
 struct Window {
   __m512i low[kRows], high[kRows];
   explicit Window(const uint8_t* x) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       low[r] = _mm512_loadu_si512(x + r * kWindowInputs);
       high[r] = _mm512_loadu_si512(x + r * kWindowInputs + 64);
@@ -76,10 +76,10 @@ struct Window {
 };
 
 template <int kRows>
-inline void add(const Window<kRows>& window, const Step& step, __m512i* sums) {
-#pragma GCC unroll 4
+inline void add(const Window<kRows>& window, __m512i places, __m512i values, __m512i* sums) {
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    sums[r] = dot(sums[r], _mm512_permutex2var_epi8(window.low[r], step.places, window.high[r]), step.values);
+    sums[r] = dot(sums[r], _mm512_permutex2var_epi8(window.low[r], places, window.high[r]), values);
   }
 }
 
@@ -105,7 +105,9 @@ void panel_direct(const Int8IndexCall& call, const Int8Group& group, int64_t pan
   const int64_t windows = window_count(weight);
   const uint16_t* steps = weight.steps + panel * windows;
   const __m512i ones = _mm512_set1_epi8(1);
-  Cursor cursor(weight, panel);
+  const PanelWeights weights_of(weight, panel);
+  const uint64_t* masks = weights_of.masks;
+  int64_t at = 0;
   __m512 totals[kGroupTokens];
   for (auto& total : totals) total = _mm512_setzero_ps();
   each_segment(windows * kWindowInputs, call.scales->group_size, scales_of(call, panel), [&](const Segment& segment) {
@@ -118,21 +120,23 @@ void panel_direct(const Int8IndexCall& call, const Int8Group& group, int64_t pan
     }
     for (int64_t w = segment.first / kWindowInputs; w < segment.end / kWindowInputs; ++w) {
       const Window<kRows> window(group.rows + w * kRows * kWindowInputs);
-      const int64_t count = cursor.count(steps[w]);
-      prefetch(cursor.masks);
+      const int64_t count = weights_of.count(steps[w], masks);
+      prefetch(masks);
       int64_t s = 0;
       for (; s + 2 <= count; s += 2) {
 #pragma GCC unroll 2
         for (int c = 0; c < 2; ++c) {
-          const Step step = cursor.next();
-          weights[c] = dot(weights[c], ones, step.values);
-          add(window, step, sums[c]);
+          __m512i places, values;
+          at = weights_of.expand(*masks++, at, places, values);
+          weights[c] = dot(weights[c], ones, values);
+          add(window, places, values, sums[c]);
         }
       }
       if (s < count) {
-        const Step step = cursor.next();
-        weights[0] = dot(weights[0], ones, step.values);
-        add(window, step, sums[0]);
+        __m512i places, values;
+        at = weights_of.expand(*masks++, at, places, values);
+        weights[0] = dot(weights[0], ones, values);
+        add(window, places, values, sums[0]);
       }
     }
     weights[0] = _mm512_add_epi32(weights[0], weights[1]);
@@ -146,33 +150,67 @@ void panel_direct(const Int8IndexCall& call, const Int8Group& group, int64_t pan
   for (int64_t t = 0; t < group.tokens; ++t) store(call, group, t, panel, totals[t]);
 }
 
-// Adds what a window's steps contribute to sums [kIndexRows].
-void multiply(const Step* steps, int64_t count, const uint8_t* x, __m512i* totals) {
-  const Window<kIndexRows> window(x);
-  __m512i sums[2][kIndexRows];
-#pragma GCC unroll 4
-  for (int r = 0; r < kIndexRows; ++r) {
-    sums[0][r] = totals[r];
-    sums[1][r] = _mm512_setzero_si512();
+// Windows that are expanded together: as many as have that many steps.
+struct Chunk {
+  // with the weights' and the tokens' bytes in L1
+  static constexpr int64_t kSteps = 128;
+  Step steps[kSteps];
+  int64_t counts[kSteps];
+  int64_t windows;
+
+  // Those of first to end - 1, but for what is left to the next chunk, from `masks` and `at` on, which move. Returns `sum`
+  // and the weights' own sums.
+  __m512i fill(const PanelWeights& weights, const uint64_t*& masks, int64_t& at, const uint16_t* of_window,
+               int64_t first, int64_t end, __m512i sum) {
+    const __m512i ones = _mm512_set1_epi8(1);
+    // a vector that is stored could change whatever has an address: these have none
+    const PanelWeights panel = weights;
+    const uint64_t* mask = masks;
+    int64_t here = at, filled = 0, w = 0;
+    for (; first + w < end && w < kSteps && filled + kMostSteps <= kSteps; ++w) {
+      const int64_t count = panel.count(of_window[first + w], mask);
+      prefetch(mask);
+      for (int64_t s = filled; s < filled + count; ++s) {
+        __m512i places, values;
+        here = panel.expand(*mask++, here, places, values);
+        steps[s].places = places;
+        steps[s].values = values;
+        sum = dot(sum, ones, values);
+      }
+      counts[w] = count;
+      filled += count;
+    }
+    masks = mask;
+    at = here;
+    windows = w;
+    return sum;
   }
-  int64_t s = 0;
-  for (; s + 2 <= count; s += 2) {
-    add(window, steps[s], sums[0]);
-    add(window, steps[s + 1], sums[1]);
+};
+
+// Adds what a chunk contributes to sums [kRows]; x is that of its first window.
+template <int kRows>
+void multiply(const Chunk& chunk, const uint8_t* x, __m512i* totals) {
+  __m512i sums[kRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) sums[r] = totals[r];
+  const Step* steps = chunk.steps;
+  for (int64_t w = 0; w < chunk.windows; ++w, x += kRows * kWindowInputs) {
+    const Window<kRows> window(x);
+    for (const Step* end = steps + chunk.counts[w]; steps < end; ++steps) add(window, steps->places, steps->values, sums);
   }
-  if (s < count) add(window, steps[s], sums[0]);
-#pragma GCC unroll 4
-  for (int r = 0; r < kIndexRows; ++r) totals[r] = _mm512_add_epi32(sums[0][r], sums[1][r]);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) totals[r] = sums[r];
 }
 
-// More rows of bytes: a window is expanded once, for all of them.
+// More rows of bytes: windows are expanded once, for all of them.
 void panel_wide(const Int8IndexCall& call, const Int8Group* groups, int64_t count, int64_t panel) {
   const BitmapIndexWeight& weight = *call.weight;
   const int64_t windows = window_count(weight);
-  const uint16_t* counts = weight.steps + panel * windows;
-  const __m512i ones = _mm512_set1_epi8(1);
-  Cursor cursor(weight, panel);
-  Step steps[kMostSteps];
+  const uint16_t* steps = weight.steps + panel * windows;
+  const PanelWeights weights_of(weight, panel);
+  const uint64_t* masks = weights_of.masks;
+  int64_t at = 0;
+  Chunk chunk;
   __m512i sums[kWideGroups][kMostByteRows];
   __m512 totals[kWideGroups][kGroupTokens];
   for (auto& group : totals) {
@@ -183,18 +221,17 @@ void panel_wide(const Int8IndexCall& call, const Int8Group* groups, int64_t coun
       for (auto& sum : sums[g]) sum = _mm512_setzero_si512();
     }
     __m512i weights = _mm512_setzero_si512();
-    for (int64_t w = segment.first / kWindowInputs; w < segment.end / kWindowInputs; ++w) {
-      const int64_t here = cursor.count(counts[w]);
-      prefetch(cursor.masks);
-      for (int64_t s = 0; s < here; ++s) {
-        steps[s] = cursor.next();
-        weights = dot(weights, ones, steps[s].values);
-      }
+    const int64_t end = segment.end / kWindowInputs;
+    for (int64_t w = segment.first / kWindowInputs; w < end; w += chunk.windows) {
+      weights = chunk.fill(weights_of, masks, at, steps, w, end, weights);
       for (int64_t g = 0; g < count; ++g) {
         const int64_t rows = index_byte_rows(groups[g].tokens * groups[g].planes);
-        for (int64_t r = 0; r < rows; r += kIndexRows) {
-          multiply(steps, here, groups[g].rows + (w * rows + r) * kWindowInputs, sums[g] + r);
+        const uint8_t* x = groups[g].rows;
+        int64_t r = 0;
+        for (; r + kIndexRows <= rows; r += kIndexRows, x += windows * kIndexRows * kWindowInputs) {
+          multiply<kIndexRows>(chunk, x + w * kIndexRows * kWindowInputs, sums[g] + r);
         }
+        if (r < rows) multiply<kFewIndexRows>(chunk, x + w * kFewIndexRows * kWindowInputs, sums[g] + r);
       }
     }
     const __m512 scale = _mm512_loadu_ps(segment.scale);
@@ -211,7 +248,7 @@ void panel_wide(const Int8IndexCall& call, const Int8Group* groups, int64_t coun
 }
 
 void linear(const Int8IndexCall& call, const Int8Group* groups, int64_t count, int64_t first_panel, int64_t end_panel) {
-  const int64_t rows = count == 1 ? index_byte_rows(groups->tokens * groups->planes) : kMostByteRows;
+  const int64_t rows = count == 1 ? groups->tokens * groups->planes : kMostByteRows;
   const auto direct = rows == 2   ? panel_direct<2>
                       : rows == 3 ? panel_direct<3>
                       : rows == 4 ? panel_direct<4>
@@ -226,6 +263,13 @@ void linear(const Int8IndexCall& call, const Int8Group* groups, int64_t count, i
   }
 }
 
+// Where row r of window w lies: rows by kIndexRows, then by what is left.
+inline uint8_t* row_of(uint8_t* rows, int64_t r, int64_t count, int64_t w, int64_t windows) {
+  const int64_t first = r / kIndexRows * kIndexRows;
+  const int64_t together = count - first < kIndexRows ? count - first : kIndexRows;
+  return rows + (first * windows + w * together + r - first) * kWindowInputs;
+}
+
 void pack(const void* x, DType dtype, int64_t in_features, Int8Group& group) {
   Rounding rounding[kGroupTokens];
   round_tokens(x, dtype, in_features, group, rounding);
@@ -237,16 +281,14 @@ void pack(const void* x, DType dtype, int64_t in_features, Int8Group& group) {
     for (int64_t i = 0; i < windows * kWindowInputs; i += 16) {
       const __m512 wide = load_as(x, dtype, first + i, first_lanes(in_features - i));
       const __m512i integers = _mm512_add_epi32(as_integers(wide, rounding[t]), offset);
-      uint8_t* target = group.rows + (i / kWindowInputs * rows + t * group.planes) * kWindowInputs + i % kWindowInputs;
       for (int64_t p = 0; p < group.planes; ++p) {
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(target + p * kWindowInputs), plane_of(integers, p, group.planes));
+        uint8_t* target = row_of(group.rows, t * group.planes + p, rows, i / kWindowInputs, windows) + i % kWindowInputs;
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(target), plane_of(integers, p, group.planes));
       }
     }
   }
-  for (int64_t w = 0; w < windows; ++w) {
-    const int64_t filled = group.tokens * group.planes;
-    __builtin_memset(group.rows + (w * rows + filled) * kWindowInputs, 0,
-                     static_cast<size_t>((rows - filled) * kWindowInputs));
+  for (int64_t r = group.tokens * group.planes; r < rows; ++r) {
+    for (int64_t w = 0; w < windows; ++w) __builtin_memset(row_of(group.rows, r, rows, w, windows), 0, kWindowInputs);
   }
 }
 
