@@ -276,6 +276,7 @@ def test_on_a_card_the_op_keeps_torchs_rules():
     x, weight, bias = (t.cuda() for t in problem(3, 33, 260, torch.bfloat16))
     operands = fragments_24.reference(SemiStructured.pack(weight))
     torch.library.opcheck(torch.ops.sparsekern.linear_24_cuda.default, (x, *operands, bias, 33, 260))
+    torch.library.opcheck(torch.ops.sparsekern.linear_24_expanded.default, (x, *operands, bias, 33, 260))
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])

@@ -193,5 +193,8 @@ def test_on_a_card_the_kernel_matches_float64(dtype, tokens):
             y = kernel.run(x, operands, b, 129, 1001)
             assert (y.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
     assert torch.equal(kernel.dense(operands, 129, 1001), weight)
-    op = torch.ops.sparsekern.linear_bitmap_fragments.default
-    torch.library.opcheck(op, (x, *operands, bias, 129, 1001))
+    for op in (
+        torch.ops.sparsekern.linear_bitmap_fragments.default,
+        torch.ops.sparsekern.linear_bitmap_expanded.default,
+    ):
+        torch.library.opcheck(op, (x, *operands, bias, 129, 1001))

@@ -66,15 +66,15 @@ def test_the_ops_keep_the_rules_of_torch(emulated):
     masks, cells, quad_rows, _ = bitmap_fragments.reference(bitmap)
     ops = torch.ops.sparsekern
     for op, arguments in (
-        (ops.pack_24, (weight,)),
-        (ops.unpack_24, (packed.values, packed.metadata, 24)),
-        (ops.fragments_24, (packed.values, packed.metadata, 24)),
-        (ops.fragments_24_to_dense, (*fragments_24.reference(packed), 5, 24)),
-        (ops.bitmap_fragments_masks, (bitmap.bitmap, 24)),
-        (ops.bitmap_fragments_cells, (weight, masks, quad_rows, len(cells))),
-        (ops.bitmap_bits, (weight,)),
-        (ops.bitmap_values, (weight, bitmap.bitmap, bitmap.row_offsets, len(bitmap.values))),
-        (ops.bitmap_to_dense, (bitmap.values, bitmap.bitmap, bitmap.row_offsets, 24)),
-        (ops.keep_largest, (torch.rand(9, 4), torch.full((1,), 2).expand(9))),
+        (ops.pack_24.default, (weight,)),
+        (ops.unpack_24.default, (packed.values, packed.metadata, 24)),
+        (ops.fragments_24.default, (packed.values, packed.metadata, 24)),
+        (ops.fragments_24_to_dense.default, (*fragments_24.reference(packed), 5, 24)),
+        (ops.bitmap_fragments_masks.default, (bitmap.bitmap, 24)),
+        (ops.bitmap_fragments_cells.default, (weight, masks, quad_rows, len(cells))),
+        (ops.bitmap_bits.default, (weight,)),
+        (ops.bitmap_values.default, (weight, bitmap.bitmap, bitmap.row_offsets, len(bitmap.values))),
+        (ops.bitmap_to_dense.default, (bitmap.values, bitmap.bitmap, bitmap.row_offsets, 24)),
+        (ops.keep_largest.default, (torch.rand(9, 4), torch.full((1,), 2).expand(9))),
     ):
-        torch.library.opcheck(op.default, arguments)
+        torch.library.opcheck(op, arguments)
