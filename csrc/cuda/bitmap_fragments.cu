@@ -1,5 +1,5 @@
 // bitmap_fragments: a bitmap to what linear_bitmap_fragments reads, and that to the dense weight, for many tokens and for
-// torch's product. A warp has a segment of 16 outputs x 512 inputs, a lane 16 inputs of two rows in each of its 8 blocks.
+// torch's product. A warp has a segment of 16 outputs x 256 inputs, a lane 16 inputs of two rows in each of its 4 blocks.
 //
 // The masks are a row's bits and another's, four and four in turn, and tell how many cells each quad of lanes needs. When
 // the quads' rows of cells are known, each lane goes through its weights again and writes a cell whenever it has four.
@@ -150,8 +150,8 @@ __global__ void __launch_bounds__(32 * kWarps) bitmap_fragments_to_dense_kernel(
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
   if (at >= panel_segments) return;
   const int warp_smem = warp * warp_bytes(capacity);
-  copy_segment(ptx::shared_memory() + warp_smem, masks + at * (kMaskBytes / 4), cells, quad_rows + at * kLaneQuads,
-               cell_rows, capacity, lane);
+  copy_segment(ptx::shared_memory() + warp_smem, masks + at * (kMaskBytes / 4), cells,
+               rows_of(quad_rows + at * kLaneQuads, lane), cell_rows, capacity, lane);
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
   __syncwarp();

@@ -35,17 +35,27 @@ __device__ __forceinline__ uint32_t spread_of(unsigned bits) {
   return selector | kept << 19;
 }
 
+// Where the cells of a lane's quad begin and end, as they are saved.
+struct QuadRows {
+  int begin, end;
+};
+
+// Of a segment: quad_rows [kLaneQuads + 1].
+__device__ __forceinline__ QuadRows rows_of(const int32_t* quad_rows, int lane) {
+  return {quad_rows[lane / 4], quad_rows[lane / 4 + 1]};
+}
+
 // Asks for the masks and cells of a segment; cp.async, not committed.
-//   masks, cells  of the weight   quad_rows  [kLaneQuads + 1] of this segment, where each quad's cells begin and end
+//   masks  of the segment   cells  of the weight   quad  of this lane and segment
 __device__ __forceinline__ void copy_segment(unsigned char* to, const uint32_t* masks, const unsigned char* cells,
-                                             const int32_t* quad_rows, int cell_rows, int capacity, int lane) {
+                                             QuadRows quad, int cell_rows, int capacity, int lane) {
 #pragma unroll
   for (int i = 0; i < kMaskBytes / 512; ++i) {
     ptx::cp_async_16(to + i * 512 + lane * 16, masks + i * 128 + lane * 4);
   }
   // rows of masks that lie are cut to what there is, here and in shared memory
-  const int first = min(max(quad_rows[lane / 4], 0), cell_rows);
-  const int rows = min(min(quad_rows[lane / 4 + 1], cell_rows) - first, capacity);
+  const int first = min(max(quad.begin, 0), cell_rows);
+  const int rows = min(min(quad.end, cell_rows) - first, capacity);
   const unsigned char* from = cells + static_cast<int64_t>(first) * kQuadRowBytes + lane % 4 * 16;
   // 4 lanes copy two rows of their own quad at a time
   unsigned char* cells_smem_write =

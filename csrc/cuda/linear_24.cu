@@ -13,13 +13,14 @@
 // Bytes: 4608 a chunk of 4096 weights (1.125 a dense element, 0.5625 of dense bf16), read once, and 512 of x for each
 // token and warps_m chunks, from L2. Instructions at 1 token: 132 of a warp for a chunk, 1.03 of a thread for a dense
 // element, of which an H200 affords 7.8. Registers for up to 8, 16, 32 and 64 tokens: 64, 76, 78 and 94 (sm_90a, nvcc
-// 13.0), so 32, 16, 16 and 16 warps on a multiprocessor, with 147 KB or 74 KB of weights under way, where latency x
-// bandwidth = 0.8 us x 4.3 TB/s / 132 = 26 KB. At 64 tokens ldmatrix reads 32 KB of shared memory a chunk: 256 cycles,
+// 13.0), so 32, 16, 16 and 16 warps on a multiprocessor at most, with 147 KB or 74 KB of weights under way, where latency x
+// bandwidth = 0.8 us x 4.3 TB/s / 132 = 26 KB. How the work is divided, division.h decides. At 64 tokens ldmatrix reads 32 KB of shared memory a chunk: 256 cycles,
 // in which memory brings 1.04 chunks; there that is the limit. All of this is counted, none of it measured.
 
 #include <algorithm>
 #include <cstddef>
 
+#include "division.h"
 #include "ops.h"
 #include "ptx.cuh"
 
@@ -32,9 +33,10 @@ constexpr int kPieceInputs = 8;                   // 16 bytes
 constexpr int kSelectors = 2;                     // tiles whose positions share a register
 constexpr int kResultFloats = 32 * 4;             // a warp's sums of 16 outputs x 8 tokens
 
-// Warps of a block at most, and blocks of so many that a multiprocessor has room for: 64 or 128 registers a thread.
+// Warps of a block at most, and blocks of so many that a multiprocessor must have room for: 64 or 128 registers a thread.
 constexpr int kMaxWarps = 16;
-constexpr int resident_blocks(int token_tiles) { return token_tiles == 1 ? 2 : 1; }
+constexpr int blocks_by_bounds(int token_tiles) { return token_tiles == 1 ? 2 : 1; }
+constexpr int kRegisters = 64 * 1024;  // of a multiprocessor
 
 __device__ inline float to_float(__half value) { return __half2float(value); }
 __device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
@@ -125,7 +127,7 @@ __device__ __forceinline__ float4 sum_of(int count, Part part) {
 }
 
 template <typename Value, int kTokenTiles>
-__global__ void __launch_bounds__(32 * kMaxWarps, resident_blocks(kTokenTiles)) linear_24_kernel(
+__global__ void __launch_bounds__(32 * kMaxWarps, blocks_by_bounds(kTokenTiles)) linear_24_kernel(
     const Value* __restrict__ x,            // [tokens, in_features]
     const Value* __restrict__ values,       // [panels, chunks, kChunkValues]
     const uint32_t* __restrict__ metadata,  // [panels, chunks, kChunkWords]
@@ -239,22 +241,6 @@ struct Division {
   int warps() const { return warps_k << warps_m_log2; }
 };
 
-struct Card {
-  int multiprocessors, shared_bytes_per_block, shared_bytes_per_multiprocessor;
-};
-
-cudaError_t this_card(Card& card) {
-  int device;
-  cudaError_t error = cudaGetDevice(&device);
-  const auto read = [&](int& value, cudaDeviceAttr attribute) {
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, device);
-  };
-  read(card.multiprocessors, cudaDevAttrMultiProcessorCount);
-  read(card.shared_bytes_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  read(card.shared_bytes_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  return error;
-}
-
 constexpr int token_tiles_of(int64_t tokens) { return tokens <= 8 ? 1 : tokens <= 16 ? 2 : tokens <= 32 ? 4 : 8; }
 
 int64_t shared_bytes(const Division& division, int64_t tokens) {
@@ -271,31 +257,27 @@ int64_t partial_bytes(const Division& division, int64_t tokens, int64_t panels) 
   return division.splits * warps * token_tiles_of(tokens) * kResultFloats * int64_t{4};
 }
 
-// The time that a division is expected to take, from the rates of an H200 for each of its multiprocessors. They are
-// leads, and decide only between divisions that all give the right result.
-double expected_us(const Division& division, const Card& card, int64_t tokens, int64_t panels, int64_t chunks) {
-  constexpr double kMemoryBytesPerUs = 32.6e3;  // a multiprocessor's share
-  constexpr double kL2BytesPerUs = 42e3;        // the same
-  constexpr double kMostBytesPerUs = 75e3;      // into one multiprocessor
-  constexpr int kMostBlocks = 8;  // beyond that their own beginnings and ends count
-  constexpr double kLatencyUs = 1.2, kRoundUs = 0.1, kSplitUs = 2.0;
-  const int64_t groups = division.groups(panels), blocks = groups * division.splits;
-  const int64_t block_chunks = (chunks + division.splits - 1) / division.splits;
-  const int64_t room = std::min<int64_t>(
-      std::min(resident_blocks(token_tiles_of(tokens)) * kMaxWarps / division.warps(), kMostBlocks),
-      card.shared_bytes_per_multiprocessor / (shared_bytes(division, tokens) + 1024));
-  const int64_t at_once = card.multiprocessors * std::max<int64_t>(room, 1);
-  const double weight_bytes = static_cast<double>(panels * chunks) * (kChunkValues * 2 + kChunkWords * 4);
-  const double x_bytes = static_cast<double>(groups * chunks) * tokens * (kChunkInputs * 2);
-  const double all_bytes = weight_bytes + x_bytes + 2.0 * partial_bytes(division, tokens, panels);
-  const double memory_us = weight_bytes / (card.multiprocessors * kMemoryBytesPerUs);
-  const double l2_us = all_bytes / (card.multiprocessors * kL2BytesPerUs);
-  const double busy_us = all_bytes / (std::min<int64_t>(blocks, card.multiprocessors) * kMostBytesPerUs);
-  // each warp's chunks one after the other, and blocks that must wait for others to end
-  const double rounds = static_cast<double>((blocks + at_once - 1) / at_once) *
-                        ((block_chunks + division.warps_k - 1) / division.warps_k);
-  return std::max(std::max(memory_us, l2_us), std::max(busy_us, rounds * kLatencyUs)) + rounds * kRoundUs +
-         (division.splits > 1 ? kSplitUs : 0.0);
+// Of a warp for a chunk (tests/test_cuda_module.py): the ldmatrix and mma.sp of each further tile beside the rest.
+constexpr double instructions_of(int64_t token_tiles) { return 132 + 47.0 * (token_tiles - 1); }
+
+// The blocks of a division, for the formula of division.h. A warp has asked for one chunk and the x of it, and goes on
+// to the next when they have come.
+Blocks blocks_of(const Division& division, const Card& card, int64_t tokens, int64_t panels, int64_t chunks) {
+  constexpr double kChunkBytes = kChunkValues * 2 + kChunkWords * 4;
+  const int64_t groups = division.groups(panels), count = groups * division.splits;
+  const double x_bytes = static_cast<double>(tokens) * (kChunkInputs * 2);
+  const double block_chunks = static_cast<double>((chunks + division.splits - 1) / division.splits);
+  const double partial = 2.0 * partial_bytes(division, tokens, panels) / count;
+  const int resident = resident_blocks(card, shared_bytes(division, tokens), 32 * division.warps(),
+                                       kRegisters / (32 * kMaxWarps * blocks_by_bounds(token_tiles_of(tokens))));
+  return {count,
+          resident,
+          block_chunks * kChunkBytes * (1 << division.warps_m_log2),
+          block_chunks * x_bytes + partial,
+          division.warps() * kChunkBytes + division.warps_k * x_bytes,
+          block_chunks * (1 << division.warps_m_log2) * instructions_of((tokens + kTileTokens - 1) / kTileTokens),
+          division.warps(),
+          division.splits > 1};
 }
 
 Division divide(const Card& card, int64_t tokens, int64_t panels, int64_t chunks) {
@@ -306,7 +288,7 @@ Division divide(const Card& card, int64_t tokens, int64_t panels, int64_t chunks
       for (int warps_k = 1; warps_k << warps_m_log2 <= kMaxWarps; warps_k *= 2) {
         const Division division{warps_m_log2, warps_k, splits};
         if (shared_bytes(division, tokens) > card.shared_bytes_per_block) continue;
-        const double us = expected_us(division, card, tokens, panels, chunks);
+        const double us = expected_us(card, blocks_of(division, card, tokens, panels, chunks));
         if (best_us >= 0.0 && us >= best_us) continue;
         best = division;
         best_us = us;

@@ -1,17 +1,24 @@
 // linear_bitmap_fragments: decode with an unstructured weight, 1 to 64 tokens, on dense tensor cores.
 //
-// A warp owns 16 outputs and every warps_k-th segment of 512 inputs. It copies the segment's masks and kept values into
+// A warp owns 16 outputs and every warps_k-th segment of 256 inputs. It copies a segment's masks and kept values into
 // shared memory as they lie, rebuilds one fragment of 16 x 16 weights after the other in registers, and multiplies each
-// by up to 8 tiles of 8 tokens. Warps with the same segment and other outputs share x; those with the same outputs add
-// their sums in shared memory.
-// While some warps of a multiprocessor wait for their copies, others multiply: there are 8 to 20 on each.
+// by up to 8 tiles of 8 tokens; meanwhile the next segment is under way, and where that one's cells lie is known one
+// segment earlier still. Warps with the same segment and other outputs share x; those with the same outputs add their
+// sums in shared memory.
 //
 // Where the outputs alone would not fill the card, blocks share them: each writes its sums, and a second kernel adds
-// them up, always in the same order.
+// them up, always in the same order. How many warps and blocks share what, division.h decides.
+//
+// Counted for an H200 at 50 % (tests/cuda_on_host/divisions.py), none of it measured: one stage of a warp is 5.9 KB,
+// and 8 to 16 warps of a multiprocessor have 47 to 94 KB of weights under way while as much is multiplied; latency x
+// bandwidth is 26 KB. Instructions a dense weight in the loop: 3.6, 3.9, 4.3 and 4.9 for up to 8, 16, 32 and 64 tokens,
+// about 1.8 more for the copies, of which an H200 affords 7.8. Two HMMA and a load of x are left of each tile of tokens:
+// 0.19 a weight, so that 8 tiles are 1.3 above one. Registers on sm_90a: 64, 96, 112, 118.
 
 #include <algorithm>
 
 #include "bitmap_fragments.cuh"
+#include "division.h"
 
 namespace sparsekern::cuda {
 namespace {
@@ -20,6 +27,9 @@ constexpr int kTileTokens = 8;
 // 16 bytes more than the inputs, so that the rows of a fragment lie in different banks
 constexpr int kXRowBytes = kSegmentInputs * 2 + 16;
 constexpr int kSumThreads = 256;
+// of weights and x: while one is multiplied the next one is under way
+constexpr int kStages = 2;
+constexpr int kMostWarps = 8;
 
 __host__ __device__ constexpr int token_tiles_of(int64_t tokens) {
   return tokens <= 8 ? 1 : tokens <= 16 ? 2 : tokens <= 32 ? 4 : 8;
@@ -73,7 +83,7 @@ __device__ void copy_x(unsigned char* x_smem, const Value* x, int first_input, i
 }
 
 template <typename Value, int kTokenTiles>
-__global__ void __launch_bounds__(256) linear_bitmap_fragments_kernel(
+__global__ void __launch_bounds__(32 * kMostWarps, 2) linear_bitmap_fragments_kernel(
     const Value* __restrict__ x,              // [tokens, in_features]
     const uint32_t* __restrict__ masks,       // [panels, segments, kSegmentBlocks, 32]
     const unsigned char* __restrict__ cells,  // [cell_rows, kQuadRowBytes]
@@ -91,13 +101,10 @@ __global__ void __launch_bounds__(256) linear_bitmap_fragments_kernel(
   const int rows = x_rows(tokens);
 
   // every warp's cells begin on a row of cells
-  const int warp_smem = warp * warp_bytes(work.capacity);
-  const int x_smem =
-      (blockDim.x / 32) * warp_bytes(work.capacity) + kGuardRows * kCellRowBytes + warp_k * rows * kXRowBytes;
-  const unsigned char* x_smem_read =
-      ptx::shared_memory() + x_smem + min(lane / 4, rows - 1) * kXRowBytes + lane % 4 * 32;
-  const uint32_t first_run = (warp_smem + kMaskBytes) / 8;
-  const uint32_t last_run = first_run + work.capacity * kCellValues * 8;
+  const int stage_bytes = warp_bytes(work.capacity), x_stage_bytes = rows * kXRowBytes;
+  const int warp_smem = warp * (kStages * stage_bytes);
+  const int x_smem = (blockDim.x / 32) * (kStages * stage_bytes) + kGuardRows * kCellRowBytes +
+                     warp_k * (kStages * x_stage_bytes);
   const uint32_t column = lane * 2 * kCellValues;
   const uint32_t spread = spread_of(lane % 16);
 
@@ -111,21 +118,37 @@ __global__ void __launch_bounds__(256) linear_bitmap_fragments_kernel(
 
   // past the last panel: the last one again, never stored
   const int panel = min((static_cast<int>(blockIdx.x) << work.warps_m_log2) + warp_m, work.panels - 1);
+  const int64_t first_part = static_cast<int64_t>(panel) * work.segments;
+  const int step = work.warps_k * work.splits;
+  const auto quad_of = [&](int segment) {
+    return segment < work.segments ? rows_of(quad_rows + (first_part + segment) * kLaneQuads, lane) : QuadRows{0, 0};
+  };
+  const auto copy = [&](int segment, int stage, QuadRows quad) {
+    copy_segment(ptx::shared_memory() + warp_smem + stage * stage_bytes,
+                 masks + (first_part + segment) * (kMaskBytes / 4), cells, quad, work.cell_rows, work.capacity, lane);
+    copy_x(ptx::shared_memory() + x_smem + stage * x_stage_bytes, x, segment * static_cast<int>(kSegmentInputs), tokens,
+           work.in_features, warp_m, warps_m, lane);
+  };
+
   float sums[kTokenTiles][4] = {};
+  int segment = blockIdx.y * work.warps_k + warp_k, stage = 0;
+  if (segment < work.segments) copy(segment, 0, quad_of(segment));
+  ptx::cp_async_commit();
+  // asked for one segment before it is needed: the copies would wait for it
+  QuadRows next_quad = quad_of(segment + step);
 #pragma unroll 1
-  for (int segment = blockIdx.y * work.warps_k + warp_k; segment < work.segments;
-       segment += work.warps_k * work.splits) {
-    const int64_t at = static_cast<int64_t>(panel) * work.segments + segment;
-    copy_segment(ptx::shared_memory() + warp_smem, masks + at * (kMaskBytes / 4), cells, quad_rows + at * kLaneQuads,
-                 work.cell_rows, work.capacity, lane);
-    copy_x(ptx::shared_memory() + x_smem, x, segment * static_cast<int>(kSegmentInputs), tokens, work.in_features,
-           warp_m, warps_m, lane);
+  for (; segment < work.segments; segment += step, stage ^= 1) {
+    if (segment + step < work.segments) copy(segment + step, stage ^ 1, next_quad);
     ptx::cp_async_commit();
-    ptx::cp_async_wait<0>();
+    next_quad = quad_of(segment + 2 * step);
+    ptx::cp_async_wait<1>();
     meet_slot();
 
-    const unsigned char* mask_smem_read = ptx::shared_memory() + warp_smem + lane * 4;
-    uint32_t run = first_run;
+    const unsigned char* mask_smem_read = ptx::shared_memory() + warp_smem + stage * stage_bytes + lane * 4;
+    const unsigned char* x_smem_read = ptx::shared_memory() + x_smem + stage * x_stage_bytes +
+                                       min(lane / 4, rows - 1) * kXRowBytes + lane % 4 * 32;
+    uint32_t run = (warp_smem + stage * stage_bytes + kMaskBytes) / 8;
+    const uint32_t last_run = run + work.capacity * kCellValues * 8;
 #pragma unroll 2
     for (int block = 0; block < kSegmentBlocks; ++block) {
       const uint32_t mask = *reinterpret_cast<const uint32_t*>(mask_smem_read + block * 128);
@@ -148,6 +171,8 @@ __global__ void __launch_bounds__(256) linear_bitmap_fragments_kernel(
     // neither the weights nor x are read any more
     meet_slot();
   }
+  // nothing is under way but an empty group
+  ptx::cp_async_wait<0>();
 
   // the sums of all warps: [warps_k, warps_m, kTokenTiles, 32 lanes]
   auto* sums_smem = reinterpret_cast<float4*>(ptx::shared_memory());
@@ -199,39 +224,66 @@ __global__ void __launch_bounds__(kSumThreads) sum_splits_kernel(
 struct Division {
   int warps_m_log2, warps_k, splits;
   int64_t groups, shared_bytes;
+
+  int warps() const { return warps_k << warps_m_log2; }
 };
 
 int64_t shared_bytes(const Division& division, int64_t tokens, int capacity) {
-  const int warps = division.warps_k << division.warps_m_log2;
-  const int64_t segments_bytes = int64_t{warps} * warp_bytes(capacity) + kGuardRows * kCellRowBytes;
-  return std::max(segments_bytes + int64_t{division.warps_k} * x_rows(tokens) * kXRowBytes,
-                  int64_t{warps} * token_tiles_of(tokens) * 32 * 16);
+  const int64_t segments_bytes =
+      int64_t{kStages} * division.warps() * warp_bytes(capacity) + kGuardRows * kCellRowBytes;
+  return std::max(segments_bytes + int64_t{kStages} * division.warps_k * x_rows(tokens) * kXRowBytes,
+                  int64_t{division.warps()} * token_tiles_of(tokens) * 32 * 16);
 }
 
-// Many tokens share their x among 4 panels; as few blocks share outputs as fill the card.
-cudaError_t divide(Division& division, int64_t tokens, int64_t panels, int64_t segments, int capacity) {
-  int device, multiprocessors, most_bytes;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&most_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  }
+// The most registers that a thread may have (tests/test_cuda_module.py).
+constexpr int registers_of(int token_tiles) {
+  return token_tiles == 1 ? 88 : token_tiles == 2 ? 96 : token_tiles == 4 ? 112 : 124;
+}
+
+// Of a warp for a segment (tests/test_cuda_module.py): the loop over blocks, and the copies beside it.
+constexpr double instructions_of(int token_tiles) { return 670 + 24.0 * token_tiles; }
+
+// The blocks of a division, for the formula of division.h.
+Blocks blocks_of(const Division& division, const Card& card, int64_t tokens, int64_t segments, int capacity,
+                 int64_t out_features) {
+  const int64_t count = division.groups * division.splits;
+  const double block_segments = static_cast<double>((segments + division.splits - 1) / division.splits);
+  const double x_bytes = static_cast<double>(tokens) * kSegmentInputs * 2;
+  const double partial_bytes = division.splits > 1 ? 8.0 * tokens * out_features / division.groups : 0.0;
+  return {count,
+          resident_blocks(card, division.shared_bytes, 32 * division.warps(), registers_of(token_tiles_of(tokens))),
+          block_segments * warp_bytes(capacity) * (1 << division.warps_m_log2),
+          block_segments * x_bytes + partial_bytes,
+          kStages * (static_cast<double>(division.warps()) * warp_bytes(capacity) + division.warps_k * x_bytes),
+          block_segments * (1 << division.warps_m_log2) * instructions_of(token_tiles_of(tokens)),
+          division.warps(),
+          division.splits > 1};
+}
+
+// Of all divisions that fit, the one that should take the least time.
+cudaError_t divide(Division& best, int64_t tokens, int64_t panels, int64_t segments, int capacity,
+                   int64_t out_features) {
+  Card card;
+  const cudaError_t error = this_card(card);
   if (error != cudaSuccess) return error;
   // without inputs the bias is all there is
   segments = std::max<int64_t>(segments, 1);
-  const int tiles = token_tiles_of(tokens);
-  division.warps_m_log2 = tiles == 1 || panels < 4 ? 0 : 2;
-  division.warps_k = static_cast<int>(std::min<int64_t>(segments, tiles == 1 ? 8 : tiles == 2 ? 2 : 1));
-  // as few rounds as with more warps, evenly
-  const int64_t rounds = (segments + division.warps_k - 1) / division.warps_k;
-  division.warps_k = static_cast<int>((segments + rounds - 1) / rounds);
-  while (division.warps_k > 1 && shared_bytes(division, tokens, capacity) > most_bytes) --division.warps_k;
-  while (division.warps_m_log2 > 0 && shared_bytes(division, tokens, capacity) > most_bytes) --division.warps_m_log2;
-  division.groups = (panels + (1 << division.warps_m_log2) - 1) >> division.warps_m_log2;
-  const int64_t most_splits = std::min<int64_t>((segments + division.warps_k - 1) / division.warps_k, 16);
-  division.splits = static_cast<int>(std::clamp<int64_t>(multiprocessors / division.groups, 1, most_splits));
-  division.shared_bytes = shared_bytes(division, tokens, capacity);
-  return cudaSuccess;
+  double best_us = -1.0;
+  for (int splits = 1; splits <= 16 && splits <= segments; splits *= 2) {
+    for (int warps_m_log2 = 0; warps_m_log2 <= 3 && (warps_m_log2 == 0 || 1 << warps_m_log2 <= panels);
+         ++warps_m_log2) {
+      for (int warps_k = 1; warps_k << warps_m_log2 <= kMostWarps && warps_k * splits <= segments; ++warps_k) {
+        Division division{warps_m_log2, warps_k, splits, (panels + (1 << warps_m_log2) - 1) >> warps_m_log2, 0};
+        division.shared_bytes = shared_bytes(division, tokens, capacity);
+        if (division.shared_bytes > card.shared_bytes_per_block) continue;
+        const double us = expected_us(card, blocks_of(division, card, tokens, segments, capacity, out_features));
+        if (best_us >= 0.0 && us >= best_us) continue;
+        best = division;
+        best_us = us;
+      }
+    }
+  }
+  return best_us < 0.0 ? cudaErrorInvalidConfiguration : cudaSuccess;
 }
 
 bool in_range(int64_t tokens, int64_t out_features, int64_t in_features) {
@@ -245,7 +297,7 @@ cudaError_t multiply(const BitmapFragments& weight, const Value* x, const Value*
   if (!in_range(tokens, weight.out_features, weight.in_features)) return cudaErrorInvalidValue;
   if (tokens == 0 || weight.out_features == 0) return cudaSuccess;
   Division division;
-  const cudaError_t error = divide(division, tokens, weight.panels(), weight.segments(), weight.capacity);
+  const cudaError_t error = divide(division, tokens, weight.panels(), weight.segments(), weight.capacity, weight.out_features);
   if (error != cudaSuccess) return error;
   const Work work{weight.out_features,
                   static_cast<int>(weight.in_features),
@@ -258,7 +310,7 @@ cudaError_t multiply(const BitmapFragments& weight, const Value* x, const Value*
                   weight.cell_rows,
                   weight.capacity};
   const auto start = [&](auto kernel) {
-    const unsigned threads = 32u * (division.warps_k << division.warps_m_log2);
+    const unsigned threads = 32u * division.warps();
     return launch(kernel, dim3(static_cast<unsigned>(division.groups), division.splits), threads,
                   division.shared_bytes, stream, x, weight.masks, weight.cells, weight.quad_rows, bias, y, workspace,
                   work);
@@ -281,7 +333,7 @@ cudaError_t linear_bitmap_fragments_workspace(const BitmapFragments& weight, int
   if (!in_range(tokens, weight.out_features, weight.in_features)) return cudaErrorInvalidValue;
   if (tokens == 0 || weight.out_features == 0) return cudaSuccess;
   Division division;
-  const cudaError_t error = divide(division, tokens, weight.panels(), weight.segments(), weight.capacity);
+  const cudaError_t error = divide(division, tokens, weight.panels(), weight.segments(), weight.capacity, weight.out_features);
   if (error == cudaSuccess && division.splits > 1) {
     *bytes = division.splits * tokens * weight.out_features * static_cast<int64_t>(sizeof(float));
   }

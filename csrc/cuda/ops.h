@@ -149,8 +149,8 @@ cudaError_t linear_24_prefill(const __half* x, const __half* values, const uint3
 //   capacity   the most rows of cells that any quad of a segment has
 // All lie on 16 bytes.
 constexpr int64_t kFragmentRows = 16;
-constexpr int64_t kSegmentInputs = 512;
-constexpr int kSegmentBlocks = 8;
+constexpr int64_t kSegmentInputs = 256;
+constexpr int kSegmentBlocks = 4;
 constexpr int kBlockWeights = 32;  // of a lane
 constexpr int kLaneQuads = 8;
 

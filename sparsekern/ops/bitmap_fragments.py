@@ -1,17 +1,17 @@
 """bitmap_fragments: a bitmap weight as it is saved (formats/bitmap.py) to what a card's tensor cores read, and back.
 
-A panel is 16 outputs by all inputs, a segment of it 512 inputs, in 8 blocks of 64. Lane 4 g + t of a warp has rows g
+A panel is 16 outputs by all inputs, a segment of it 256 inputs, in 4 blocks of 64. Lane 4 g + t of a warp has rows g
 and g + 8 of the panel and inputs 16 t .. 16 t + 15 of each block: what mma.m16n8k16 wants of it, if its columns are
 named so that a lane's are neighbours. For each four inputs it has those of row g, then those of row g + 8.
 
-    masks      [panels, segments, 8 blocks, 32 lanes] int32, bit 8i + 4h + j: row g + 8h, input 16t + 4i + j is kept
+    masks      [panels, segments, 4 blocks, 32 lanes] int32, bit 8i + 4h + j: row g + 8h, input 16t + 4i + j is kept
     cells      [cell_rows, 4 lanes, 2, 4] uint8, four kept values of a lane: their low bytes, then their high bytes
     quad_rows  [panels * segments * 8 + 1] int32, where the rows of cells of lanes 4q .. 4q + 3 of a segment begin
     capacity   [rows, 0] of the weight's dtype: no elements, but as many rows as the longest quad of a segment has
 
 The kept values of a lane in a segment are one run in the order of the bits. The four lanes that have the same rows
-take as many cells as the fullest of them, filled up with zeros: at 50 % about 8 % more values than are kept, at 70 %
-12 %; and never more bytes than the dense weight with its masks.
+take as many cells as the fullest of them, filled up with zeros: at 50 % about 11 % more values than are kept, at 70 %
+18 %; and never more bytes than the dense weight with its masks.
 
 On a card kernels of its own do it: one writes the masks and counts cells, torch sums those up, and one writes the
 cells, from the dense weight that another one has rebuilt and checked.
@@ -30,11 +30,11 @@ from sparsekern.ops import bitmap_rows, compiled
 from sparsekern.ops.kernel import Kernel, never_refuses, pick
 
 PANEL_ROWS = 16
-SEGMENT_INPUTS = 512
+SEGMENT_INPUTS = 256
 
 _QUADS = 8
 _LANES = 32
-_BLOCKS = 8
+_BLOCKS = 4
 _CELL = 4  # values
 _RUN = _BLOCKS * 32  # weights of a lane in a segment
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -56,7 +56,7 @@ def reference(packed: Bitmap) -> Fragments:
     device = packed.device
     masks, cells, rows = [], [], [torch.zeros(1, dtype=torch.int64, device=device)]
     for kept, values in _runs(packed, panels, segments):
-        bits = kept.view(*kept.shape[:3], _BLOCKS, 32).transpose(2, 3)  # [panels, segments, 8, lanes, 32]
+        bits = kept.view(*kept.shape[:3], _BLOCKS, 32).transpose(2, 3)  # [panels, segments, 4, lanes, 32]
         masks.append(pack_bits(bits).view(torch.int32).view(bits.shape[:-1]))
         counts = kept.sum(dim=3)  # of a lane, [panels, segments, lanes]
         quads = counts.view(-1, 4).amax(dim=1).add(_CELL - 1) // _CELL
@@ -87,7 +87,7 @@ def reference_inverse(operands: Fragments, out_features: int, in_features: int) 
     masks, cells, quad_rows, capacity = operands
     check(operands, out_features, in_features)
     panels, segments = sizes(out_features, in_features)
-    kept = unpack_bits(masks.unsqueeze(-1).view(torch.uint8), 32).transpose(2, 3)  # [panels, segments, lanes, 8, 32]
+    kept = unpack_bits(masks.unsqueeze(-1).view(torch.uint8), 32).transpose(2, 3)  # [panels, segments, lanes, 4, 32]
     kept = kept.reshape(panels, segments, _LANES, _RUN)
     counts = kept.sum(dim=3).flatten()
     begin = quad_rows[:-1].long()

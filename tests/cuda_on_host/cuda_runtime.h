@@ -80,6 +80,10 @@ enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrMaxRegistersPerMultiprocessor,
+  cudaDevAttrMemoryClockRate,
+  cudaDevAttrGlobalMemoryBusWidth,
+  cudaDevAttrClockRate,
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor,
 };
@@ -89,6 +93,13 @@ inline int multiprocessors = 4;
 inline int shared_bytes_per_block = 227 * 1024;
 inline int shared_bytes_per_multiprocessor = 228 * 1024;
 inline int compute_major = 9, compute_minor = 0;
+// what was launched; only_counted: and nothing of it was run
+struct Launch {
+  dim3 grid, block;
+  size_t shared_bytes;
+};
+inline std::vector<Launch> launches;
+inline bool only_counted = false;
 }  // namespace on_host
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
@@ -99,6 +110,11 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     case cudaDevAttrMultiProcessorCount: *value = on_host::multiprocessors; break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = on_host::shared_bytes_per_block; break;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = on_host::shared_bytes_per_multiprocessor; break;
+    case cudaDevAttrMaxRegistersPerMultiprocessor: *value = 64 * 1024; break;
+    // an H200's
+    case cudaDevAttrMemoryClockRate: *value = 3201000; break;
+    case cudaDevAttrGlobalMemoryBusWidth: *value = 6144; break;
+    case cudaDevAttrClockRate: *value = 1980000; break;
     case cudaDevAttrComputeCapabilityMajor: *value = on_host::compute_major; break;
     case cudaDevAttrComputeCapabilityMinor: *value = on_host::compute_minor; break;
   }
@@ -116,6 +132,8 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaErrorInvalidConfiguration;
   if (grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535) return cudaErrorInvalidConfiguration;
   if (shared_bytes > static_cast<size_t>(on_host::shared_bytes_per_block)) return cudaErrorInvalidValue;
+  on_host::launches.push_back({grid, block, shared_bytes});
+  if (on_host::only_counted) return cudaSuccess;
   const std::tuple<Parameters...> parameters(static_cast<Parameters>(args)...);
   on_host::run_grid(grid, block, shared_bytes, [&] { std::apply(kernel, parameters); });
   return cudaSuccess;

@@ -70,7 +70,10 @@ class Program:
         multiprocessors: int = 4,
         shifts: dict[int, int] | None = None,
     ) -> subprocess.CompletedProcess:
-        """The program's exit status, standard output and standard error, whatever they are."""
+        """The program's exit status, standard output and standard error, whatever they are.
+
+        order  may be "counted" too: nothing is run, and standard error has a line a launch
+        """
         sent = b""
         for i, tensor in enumerate(tensors):
             data = b"" if tensor is None else _bytes(tensor)
@@ -81,6 +84,22 @@ class Program:
             capture_output=True,
             env={"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"},
         )
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel was started."""
+
+    blocks: int
+    threads: int
+    shared_bytes: int
+
+
+def launches(done: subprocess.CompletedProcess) -> list[Launch]:
+    """Those of a call that was counted."""
+    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    lines = [tuple(map(int, line.split())) for line in done.stderr.decode().splitlines()]
+    return [Launch(x * y, threads, shared_bytes) for x, y, threads, shared_bytes in lines]
 
 
 def build(folder: Path, *sources: str | Path) -> Program:

@@ -1,7 +1,8 @@
 // The operands of a program that runs CUDA sources on the CPU: tensors from stdin, numbers from the command line, results
 // to stdout. Each tensor lies in its own allocation of exactly its size, so that the sanitizer sees a read past its end.
 //   PROGRAM order multiprocessors op numbers...
-// order is forward, reverse or a seed of shuffling. emulator.py starts such programs.
+// order is forward, reverse or a seed of shuffling; counted: nothing is run, and stderr has a line a launch with grid x,
+// grid y, threads and bytes of shared memory. emulator.py starts such programs.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,7 +17,8 @@ class Operands {
  public:
   Operands(int argc, char** argv) : arguments_(argv, argv + argc) {
     const std::string order = argument(1);
-    on_host::order = order == "forward"   ? on_host::Order::kForward
+    on_host::only_counted = order == "counted";
+    on_host::order = order == "forward" || on_host::only_counted   ? on_host::Order::kForward
                      : order == "reverse" ? on_host::Order::kReverse
                                           : on_host::Order::kShuffled;
     if (on_host::order == on_host::Order::kShuffled) on_host::random_numbers.seed(std::stoul(order));
@@ -61,6 +63,10 @@ class Operands {
       const std::string op = program.substr(program.rfind('/') + 1);
       std::fprintf(stderr, "%s\n", sparsekern::cuda::launch_error(op, error).c_str());
       return 71;
+    }
+    for (const auto& [grid, block, shared_bytes] : on_host::launches) {
+      if (!on_host::only_counted) break;
+      std::fprintf(stderr, "%u %u %u %zu\n", grid.x, grid.y, block.x, shared_bytes);
     }
     for (const auto& [at, bytes] : results_) {
       if (std::fwrite(at, 1, bytes, stdout) != static_cast<size_t>(bytes)) return 72;

@@ -13,7 +13,8 @@ from sparsekern.formats import SemiStructured
 from sparsekern.ops import compiled, fragments_24, linear_24
 from sparsekern.pattern import NM
 from tests import sass
-from tests.cuda_on_host.emulator import ORDERS, build
+from tests.cuda_on_host import divisions
+from tests.cuda_on_host.emulator import ORDERS, build, launches
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 # of a sum rounded once to the type
@@ -252,6 +253,21 @@ def test_the_gradient_of_x_is_that_of_the_dense_product():
     gx, _, _, gb, _, _ = linear_24._backward_cuda(ctx, g)
     assert torch.equal(gx, g @ weight)
     assert torch.equal(gb, g.sum(0))
+
+
+@pytest.mark.parametrize("shape", divisions.SHAPES, ids=str)
+@pytest.mark.parametrize("tokens", divisions.TOKENS)
+def test_on_an_h200_every_multiprocessor_has_enough_of_the_weight_under_way(on_host, shape, tokens):
+    chunk_bytes = 16 * 256 // 2 * 2 + 512
+    registers = 64 if tokens <= 8 else 128
+    divisions.assert_divided_well(on_host, 4, [tokens, *shape], registers, chunk_bytes, shape[0] * shape[1] * 9 // 8)
+
+
+def test_a_launch_that_is_counted_runs_nothing(on_host):
+    done = on_host.call("bf16", [None] * 4, [1, 16, 256], "counted")
+    assert len(launches(done)) == 1
+    # every byte of y as it was before
+    assert set(done.stdout[:32]) == {0xFF}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -17,13 +17,13 @@ def problem(out_features, in_features, density, dtype=torch.bfloat16):
 
 
 def test_the_layout_is_the_one_written_here():
-    weight = torch.zeros(16, 512, dtype=torch.float16)
+    weight = torch.zeros(16, 256, dtype=torch.float16)
     # lane 4 * 3 + 1 has rows 3 and 11, and of block 2 the inputs 16 .. 31
     first = 2 * 64 + 16
     weight[3, first + 1], weight[11, first + 2], weight[3, first + 4], weight[3, first + 15] = 1.0, 2.0, 3.0, 4.0
     weight[11, first + 15] = 5.0
     masks, cells, quad_rows, capacity = reference(Bitmap.pack(weight))
-    expected = torch.zeros(1, 1, 8, 32, dtype=torch.int32)
+    expected = torch.zeros(1, 1, 4, 32, dtype=torch.int32)
     expected[0, 0, 2, 13] = sum(1 << bit for bit in (1, 4 + 2, 8, 24 + 3)) - (1 << 31)
     assert torch.equal(masks, expected)
     # five values are two cells, which quad 3 has alone
@@ -38,7 +38,7 @@ def test_the_layout_is_the_one_written_here():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.5, 1.0], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (7, 37), (129, 17), (16, 512), (33, 1000), (0, 5), (5, 0)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 37), (129, 17), (16, 256), (33, 1000), (0, 5), (5, 0)], ids=str)
 def test_what_is_prepared_comes_back_bit_for_bit(shape, density, dtype):
     weight = problem(*shape, density, dtype)
     packed = Bitmap.pack(weight)
@@ -63,7 +63,7 @@ def test_kept_zeros_of_a_file_come_back_too():
     assert torch.equal(back.bitmap, packed.bitmap)
 
 
-@pytest.mark.parametrize(("density", "most"), [(0.5, 1.09), (0.3, 1.13), (0.1, 1.3), (1.0, 1.0)])
+@pytest.mark.parametrize(("density", "most"), [(0.5, 1.115), (0.3, 1.18), (0.1, 1.42), (1.0, 1.0)])
 def test_few_bytes_are_filled_up(density, most):
     _, cells, *_ = reference(Bitmap.pack(problem(512, 2048, density)))
     kept = density * 512 * 2048
@@ -76,7 +76,7 @@ def test_no_weight_takes_more_than_dense_and_its_masks():
     weight.view(64, 16, 4, 16)[:, :, 2] = 1.0
     masks, cells, quad_rows, _ = reference(Bitmap.pack(weight))
     assert cells.numel() == weight.nbytes
-    assert masks.nbytes + quad_rows.nbytes < weight.nbytes / 15
+    assert masks.nbytes + quad_rows.nbytes < weight.nbytes / 14
 
 
 def test_operands_that_contradict_each_other_are_refused():
@@ -92,8 +92,8 @@ def test_operands_that_contradict_each_other_are_refused():
             reference_inverse(operands, 20, 600)
     # input 600 is bit 8 of lane 1, block 9: there is none
     outside = masks.clone()
-    outside[0, 1, 7, 3] = 0
-    outside[0, 1, 7, 3] |= 1
+    outside[0, 2, 3, 3] = 0
+    outside[0, 2, 3, 3] |= 1
     with pytest.raises(ValueError, match=r"masks keep weights after the last row or input|more weights"):
         reference_inverse((outside, cells, quad_rows, capacity), 20, 600)
 
