@@ -78,7 +78,7 @@ struct Memory {
 
 // Whether a tensor is of torch's own class, on the CPU, and its values are those in memory.
 inline bool is_plain(py::handle object) {
-  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+  static const py::handle is_neg = torch_tensor_type().attr("is_neg").cast<py::object>().release();
   if (Py_TYPE(object.ptr()) != reinterpret_cast<PyTypeObject*>(torch_tensor_type().ptr())) return false;
   dlpack::Tensor tensor;
   if (!Memory::describe(object, tensor)) return false;
@@ -88,7 +88,7 @@ inline bool is_plain(py::handle object) {
   if (tensor.data == nullptr && !empty) return false;
   // the imaginary part of a conjugate is kept as its negative
   if (tensor.type_code != dlpack::kFloat && tensor.type_code != dlpack::kBFloat) return true;
-  const auto negative = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object.ptr(), is_neg));
+  const auto negative = py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_neg.ptr(), object.ptr()));
   if (!negative) throw py::error_already_set();
   return negative.ptr() == Py_False;
 }
@@ -157,7 +157,12 @@ struct LinearTensors {
 
   static Memory of_dtype(const char* name, py::handle tensor, DType dtype) {
     const Memory memory(name, tensor);
-    check(memory.dtype(name) == dtype, name, " must have the weight's dtype");
+    const bool bfloat = memory.tensor.type_code == dlpack::kBFloat, floats = memory.tensor.type_code == dlpack::kFloat;
+    if ((dtype == DType::kBFloat16 ? !bfloat : !floats) || memory.element_bytes != value_bytes(dtype)) {
+      const char* wanted = dtype == DType::kBFloat16 ? "bfloat16" : dtype == DType::kFloat16 ? "float16" : "float32";
+      refuse(name, " must have the weight's dtype torch.", wanted, ", got ",
+             std::string(py::str(tensor.attr("dtype"))));
+    }
     return memory;
   }
 };

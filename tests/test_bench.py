@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 TINY = [
     ["accuracy.py", "layers", "--tiny"],
     ["accuracy.py", "perplexity", "--tiny"],
+    ["calls.py", "--tiny"],
     ["checkpoint.py", "--tiny"],
     ["finetune.py", "--tiny"],
     ["gpu.py", "--tiny"],

@@ -109,11 +109,12 @@ def _dense_tokens(dtype: torch.dtype, isa: str) -> float:
 
 
 def _multiply(x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, y: Tensor, in_features: int) -> None:
-    few = x.numel() < _FEWEST_DENSE_TOKENS * in_features
-    if few or x.shape[:-1].numel() < _dense_tokens(x.dtype, compiled.cpu().isa()):
+    if x.numel() < _FEWEST_DENSE_TOKENS * in_features:
         sparse(x, operands, bias, y, in_features)
-    else:
-        through_dense(x, operands, bias, y, in_features)
+        return
+    check_product(x, operands[1], bias, in_features)
+    few = x.shape[:-1].numel() < _dense_tokens(x.dtype, compiled.cpu().isa())
+    (sparse if few else through_dense)(x, operands, bias, y, in_features)
 
 
 def _expanded(operands: tuple[Tensor, ...], out_features: int, in_features: int) -> Tensor:

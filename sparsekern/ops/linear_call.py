@@ -68,7 +68,7 @@ class CpuLinear:
     operands  the names of what it reads of W
     kind      the one of them that has the dtype of x
     multiply  (x, operands, bias, y, in_features): writes y [..., out_features] from x [..., in_features], both and the
-              bias contiguous
+              bias contiguous; raises ValueError where their dtypes or sizes do not fit, as the compiled module does
     dense     (operands, out_features, in_features): W, for the gradient of x, which is g W
     """
 
@@ -99,10 +99,8 @@ class CpuLinear:
     def _product(
         self, x: Tensor, operands: Operands, bias: Tensor | None, out_features: int, in_features: int
     ) -> Tensor:
-        shape, dtype = x.shape, operands[self._kind].dtype
-        right = shape and shape[-1] == in_features and x.dtype == dtype and (bias is None or bias.dtype == dtype)
-        if not right:
-            # says what is not
+        shape = x.shape
+        if not shape or shape[-1] != in_features:
             check_product(x, operands[self._kind], bias, in_features)
         # not a view: autograd lets nobody write to one that an op has returned. To take a tuple apart costs torch more
         # than all of the checks

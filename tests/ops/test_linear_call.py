@@ -287,13 +287,15 @@ def test_a_weight_with_too_few_operands_is_refused(problem):
         problem.op._multiply(problem.x, problem.operands[:-1], None, torch.empty(3, OUT).bfloat16(), IN)
 
 
-def test_errors_are_the_same_on_both_ways(problem):
+@pytest.mark.parametrize("tokens", [3, 300])
+def test_errors_are_the_same_on_both_ways(problem, tokens):
     def words(call, *arguments):
         with pytest.raises(ValueError, match="must") as caught:
             call(*arguments)
         return str(caught.value)
 
-    x, bias = problem.x, problem.bias
+    bias = problem.bias
+    x = problem.x.repeat(tokens // 3, 1)
     for wrong_x, wrong_bias in ((x[:, 1:], bias), (x.double(), bias), (x, bias.double()), (x, bias[1:])):
         short = words(problem.kernel.run, wrong_x, problem.operands, wrong_bias, OUT, IN)
         assert short == words(problem.dispatch, wrong_x, *problem.operands, wrong_bias, OUT, IN)
