@@ -4,16 +4,9 @@
 #include <cstdlib>
 
 #include "linear_bitmap_int8.h"
+#include "shares.h"
 
 namespace sparsekern {
-
-// To wake a thread takes as long as reading this much.
-constexpr int64_t kInt8BytesPerThread = 65536;
-
-inline int worth_int8_threads(int threads, int64_t bytes) {
-  const int64_t worth = 1 + bytes / kInt8BytesPerThread;
-  return worth < threads ? static_cast<int>(worth) : threads;
-}
 
 // Calls pack(group) for every group of tokens, whose rows are group_bytes long, then linear(groups, count, part, parts) for
 // every part, each on its own thread; `bytes` is what all parts read of the weight. Returns false when there is no memory.
@@ -31,7 +24,7 @@ bool linear_in_groups(int64_t tokens, int64_t group_bytes, int64_t bytes, int th
       groups[g].tokens = tokens * (g + 1) / count - groups[g].first_token;
     }
     // every group of tokens after the first reads the weight again, from the cache
-    threads = worth_int8_threads(threads, bytes * count);
+    threads = worth_threads(threads, bytes * count);
     if (threads <= 1) {
       for (int64_t g = 0; g < count; ++g) pack(groups[g]);
       linear(groups, count, 0, 1);

@@ -68,19 +68,12 @@ bool linear_24(const Weight24& weight, const void* x, const void* bias, void* y,
   const uint16_t* packed = as_it_is ? source : scratch;
   const int64_t bytes = panels * blocks * kGroups24 * kGroupBytes24;
   threads = worth_threads(threads, bytes * Turns(tokens).count);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    if (!as_it_is) {
-#pragma omp for schedule(static, 1)
-      for (int part = 0; part < threads; ++part) {
-        pack_blocks(source, scratch, tokens, weight.in_features, blocks * part / threads, blocks * (part + 1) / threads);
-      }
-    }
-#pragma omp for schedule(static, 1) nowait
-    for (int part = 0; part < threads; ++part) {
-      kernel(weight, packed, bias, y, tokens, panels * part / threads, panels * (part + 1) / threads);
-    }
-  }
+  const auto pack = [&](int64_t part, int64_t parts) {
+    pack_blocks(source, scratch, tokens, weight.in_features, blocks * part / parts, blocks * (part + 1) / parts);
+  };
+  pack_and_run(threads, !as_it_is, pack, [&](int64_t part, int64_t parts) {
+    kernel(weight, packed, bias, y, tokens, panels * part / parts, panels * (part + 1) / parts);
+  });
   std::free(scratch);
   return true;
 }

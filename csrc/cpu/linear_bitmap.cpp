@@ -51,7 +51,6 @@ bool multiply_by_tiles(const BitmapWeight& weight, const uint16_t* x, const void
     if (packed == nullptr) return false;
   }
   const auto pack = [&](int part, int parts) {
-    if (as_it_is) return;
     pack_x_tiles(x, packed, groups, weight.in_features, blocks * part / parts, blocks * (part + 1) / parts);
   };
   const auto multiply = [&](int part, int parts) {
@@ -59,18 +58,7 @@ bool multiply_by_tiles(const BitmapWeight& weight, const uint16_t* x, const void
                       first_panel_of(weight, 0, panels, part + 1, parts));
   };
   threads = worth_threads(threads, panel_bytes(weight, 0, panels) * groups.count);
-  if (threads <= 1) {
-    pack(0, 1);
-    multiply(0, 1);
-  } else {
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static, 1)
-      for (int part = 0; part < threads; ++part) pack(part, threads);
-#pragma omp for schedule(static, 1)
-      for (int part = 0; part < threads; ++part) multiply(part, threads);
-    }
-  }
+  pack_and_run(threads, !as_it_is, pack, multiply);
   std::free(packed);
   return true;
 }
@@ -96,18 +84,7 @@ int64_t panel_bytes(const BitmapWeight& weight, int64_t first, int64_t end) {
 }
 
 int64_t first_panel_of(const BitmapWeight& weight, int64_t first, int64_t end, int part, int parts) {
-  if (part == parts) return end;
-  const int64_t target = panel_bytes(weight, first, end) / parts * part;
-  int64_t low = first, high = end;
-  while (low < high) {
-    const int64_t middle = low + (high - low) / 2;
-    if (panel_bytes(weight, first, middle) < target) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
+  return first_panel_of_part(first, end, part, parts, [&](int64_t a, int64_t b) { return panel_bytes(weight, a, b); });
 }
 
 bool linear_bitmap(const BitmapWeight& weight, const void* x, const void* bias, void* y, int64_t tokens, int set,

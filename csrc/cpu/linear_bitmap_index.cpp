@@ -6,13 +6,9 @@
 #include <cstdlib>
 
 #include "has_avx512.h"
+#include "shares.h"
 
 namespace sparsekern {
-namespace {
-
-constexpr int64_t kBytesPerThread = 65536;
-
-}  // namespace
 
 bool has_linear_bitmap_index() {
 #if defined(__x86_64__)
@@ -33,27 +29,15 @@ bool linear_bitmap_index(const BitmapIndexWeight& weight, const void* x, const v
   uint8_t* finite = packed + bytes;
   const auto* source = static_cast<const uint16_t*>(x);
   const IndexCall call = {&weight, packed, finite, static_cast<const uint16_t*>(bias), static_cast<uint16_t*>(y), tokens};
-  const int64_t worth = 1 + weight.value_offsets[panels] * 3 * tokens / kBytesPerThread;
-  threads = worth < threads ? static_cast<int>(worth) : threads;
-  if (threads <= 1) {
-    kernel.pack(source, weight.in_features, packed, finite, 0, tokens);
-    kernel.linear(call, 0, panels);
-  } else {
-    if (tokens == 1) kernel.pack(source, weight.in_features, packed, finite, 0, 1);
-#pragma omp parallel num_threads(threads)
-    {
-      if (tokens > 1) {
-#pragma omp for schedule(static, 1)
-        for (int part = 0; part < threads; ++part) {
-          kernel.pack(source, weight.in_features, packed, finite, tokens * part / threads, tokens * (part + 1) / threads);
-        }
-      }
-#pragma omp for schedule(static, 1)
-      for (int part = 0; part < threads; ++part) {
-        kernel.linear(call, first_index_panel(weight, part, threads), first_index_panel(weight, part + 1, threads));
-      }
-    }
-  }
+  threads = worth_threads(threads, weight.value_offsets[panels] * 3 * tokens);
+  const auto pack = [&](int64_t part, int64_t parts) {
+    kernel.pack(source, weight.in_features, packed, finite, tokens * part / parts, tokens * (part + 1) / parts);
+  };
+  // a lone token is split before the others wake up
+  if (tokens == 1) pack(0, 1);
+  pack_and_run(threads, tokens != 1, pack, [&](int part, int parts) {
+    kernel.linear(call, first_index_panel(weight, part, parts), first_index_panel(weight, part + 1, parts));
+  });
   std::free(packed);
   return true;
 #else

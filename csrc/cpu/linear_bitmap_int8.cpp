@@ -41,18 +41,7 @@ int64_t panel_bytes(const BitmapInt8Weight& weight, int64_t first, int64_t end) 
 
 // The first panel of a part, when `parts` parts shall read as many bytes each.
 int64_t first_panel_of(const BitmapInt8Weight& weight, int64_t first, int64_t end, int part, int parts) {
-  if (part == parts) return end;
-  const int64_t target = panel_bytes(weight, first, end) / parts * part;
-  int64_t low = first, high = end;
-  while (low < high) {
-    const int64_t middle = low + (high - low) / 2;
-    if (panel_bytes(weight, first, middle) < target) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
+  return first_panel_of_part(first, end, part, parts, [&](int64_t a, int64_t b) { return panel_bytes(weight, a, b); });
 }
 
 // Panels first to end - 1 a part, some at a time: the least of what work(first, end) returns.
@@ -95,7 +84,7 @@ bool linear_bitmap_int8(const BitmapInt8Weight& weight, const void* x, const voi
 void expand_bitmap_int8(const BitmapInt8Weight& weight, void* dense, int64_t first_panel, int64_t end_panel, int set,
                         int threads) {
   const LinearBitmapInt8Panels& kernel = *kKernels[set].linear;
-  threads = worth_int8_threads(threads, panel_bytes(weight, first_panel, end_panel));
+  threads = worth_threads(threads, panel_bytes(weight, first_panel, end_panel));
   if (threads <= 1) {
     kernel.expand(weight, dense, first_panel, end_panel);
     return;

@@ -5,6 +5,7 @@
 #include <cstdlib>
 
 #include "packed_x.h"
+#include "shares.h"
 
 namespace sparsekern {
 
@@ -13,14 +14,6 @@ constexpr int64_t panel_count(int64_t out_features) { return (out_features + kPa
 // Pairs of inputs, with those that fill up the last block.
 constexpr int64_t pair_count(int64_t in_features) {
   return (in_features + kBlockInputs - 1) / kBlockInputs * kBlockMasks;
-}
-
-// To wake a thread takes as long as reading this much.
-constexpr int64_t kBytesPerThread = 65536;
-
-inline int worth_threads(int threads, int64_t bytes) {
-  const int64_t worth = 1 + bytes / kBytesPerThread;
-  return worth < threads ? static_cast<int>(worth) : threads;
 }
 
 // One call of a linear op.
@@ -54,20 +47,7 @@ bool run_parts(const LinearCall& call, int64_t bytes, int threads, Run&& run) {
            pairs * (part + 1) / parts);
   };
   const void* packed = as_it_is ? call.x : scratch;
-  if (threads <= 1) {
-    if (!as_it_is) pack(0, 1);
-    run(packed, groups, 0, 1);
-  } else {
-#pragma omp parallel num_threads(threads)
-    {
-      if (!as_it_is) {
-#pragma omp for schedule(static, 1)
-        for (int part = 0; part < threads; ++part) pack(part, threads);
-      }
-#pragma omp for schedule(static, 1) nowait
-      for (int part = 0; part < threads; ++part) run(packed, groups, part, threads);
-    }
-  }
+  pack_and_run(threads, !as_it_is, pack, [&](int part, int parts) { run(packed, groups, part, parts); });
   std::free(scratch);
   return true;
 }
