@@ -14,6 +14,12 @@ struct NonzeroX {
   uint32_t* packed;
 };
 
+// Of all weights, those that are kept.
+inline double kept_share(const BitmapWeight& weight) {
+  const double weights = static_cast<double>(weight.out_features) * static_cast<double>(weight.in_features);
+  return static_cast<double>(weight.panel_offsets[panel_count(weight)]) / weights;
+}
+
 // One instruction set.
 struct LinearBitmapNonzero {
   int64_t tile_inputs;

@@ -102,16 +102,15 @@ struct NonzeroBitmap {
     const Value* end;
     int64_t tile_bytes;  // of the values of a tile, on average
 
+    Streams streams() const {
+      return {{reinterpret_cast<const char*>(values), reinterpret_cast<const char*>(masks)},
+              {tile_bytes / 64 + 2, kBlocks}};
+    }
     void expand(NonzeroTile& tile) {
       const int64_t left = (masks_end - masks) / kBlockMasks, blocks = left < kBlocks ? left : kBlocks;
-      // the next tile comes after the other panels' of this one
-      for (int64_t line = 0; line < tile_bytes; line += 64) {
-        _mm_prefetch(reinterpret_cast<const char*>(values) + tile_bytes + line, _MM_HINT_T1);
-      }
       __m512i bits[4];
 #pragma GCC unroll 4
       for (int64_t block = 0; block < kBlocks; ++block) {
-        _mm_prefetch(reinterpret_cast<const char*>(masks + (kBlocks + block) * kBlockMasks), _MM_HINT_T1);
         bits[block] = block < blocks ? _mm512_loadu_si512(masks + block * kBlockMasks) : _mm512_setzero_si512();
       }
       kept_steps(Tiles{}, bits, tile.kept);
@@ -136,6 +135,7 @@ struct NonzeroBitmap {
 
   const BitmapWeight& weight;
 
+  double kept_share() const { return sparsekern::kept_share(weight); }
   Cursor cursor(int64_t panel) const {
     const auto* values = static_cast<const Value*>(weight.values);
     const int64_t blocks = block_count(weight);
@@ -206,9 +206,10 @@ bool pack_nonzero_x(const NonzeroX& x, const TokenBlocks& blocks, int64_t first_
   bool finite = true;
   for (int64_t block = 0; block < blocks.count; ++block) {
     const int64_t size = blocks.size(block), first = blocks.first_vector(block);
-    for (int64_t tile = first_tile; tile < end_tile; ++tile) {
-      uint32_t* target = x.packed + (first * tiles + tile * size) * kNonzeroSteps * kLaneTokens;
-      for (int64_t v = 0; v < size; ++v) {
+    for (int64_t v = 0; v < size; ++v) {
+      // sixteen streams are read
+      for (int64_t tile = first_tile; tile < end_tile; ++tile) {
+        uint32_t* target = x.packed + (first * tiles + tile * size) * kNonzeroSteps * kLaneTokens;
         for (int64_t dwords = 0; dwords < kNonzeroSteps; dwords += 16) {
           const int64_t input = (tile * kNonzeroSteps + dwords) * X::kInputs / 16;
           __m512i square[kLaneTokens];

@@ -1,7 +1,7 @@
 // What the products that leave zero weights out share. Lanes are tokens, so that a weight is one number for all lanes
-// and a zero can be passed over; with rows as lanes some row always has a weight. x is cut so that a block of its steps,
-// by so many tokens, stays in L1 while rows pass. A step is 32 bits of every token: two bfloat16 inputs, or one in
-// float32.
+// and a zero can be passed over; with rows as lanes some row always has a weight. x is cut so that a block of its
+// steps, by so many tokens, stays in L1 while rows pass. A step is 32 bits of every token: two bfloat16 inputs, or one
+// in float32.
 #pragma once
 
 #include "panel_product.h"

@@ -33,11 +33,14 @@ Packed = Bitmap | SemiStructured
 
 _NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 _CUDA_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-# measured on Zen 5, 4096 x 4096 at 50 %: with instructions for bfloat16 the sparse kernel is as fast as torch's
-# product at 1024 tokens and 6 % slower at 2048, where an expansion before it costs as much; without them torch's
-# product, the expansion with it, overtakes between 192 and 200 tokens; in float32 the sparse kernel was still twice
-# as fast at 1024, and in float16, of which torch has no fast product there, seven times at 512
+# measured on Zen 5, 4096 x 4096 at 50 %: torch's product of bfloat16, the expansion with it, overtakes kernels without
+# instructions for bfloat16 between 192 and 200 tokens. At 2048 tokens of float32 the sparse kernel was 3.2 times as
+# fast on AVX-512 and 1.1 times on AVX2, of float16 9.6 times: what is here is for plain C++, not measured
 _DENSE_TOKENS = {torch.bfloat16: 192, torch.float16: 2048, torch.float32: 2048}
+# instruction sets that leave zeros out without instructions for bfloat16, and the share of kept weights up to which
+# they are as fast as torch with such: at 30 %, 8.3 against 8.7 ms at 200 tokens and 35 against 41 at 1024
+_NONZERO_SETS = ("avx512", "avx512bw")
+_NONZERO_SHARE = 0.33
 # of the instruction sets that multiply bfloat16: by the tiles of AMX as fast as torch, which multiplies after the same
 # expansion, not measured yet; None: never. Where the processor has none of them torch has no fast product either: with
 # oneDNN and ATen kept to AVX2 and to AVX-512 the sparse kernels were 3.6 and 2.7 times as fast at 256 tokens
@@ -99,13 +102,14 @@ def through_dense(
 
 
 @functools.cache
-def _dense_tokens(dtype: torch.dtype, isa: str) -> float:
+def _dense_tokens(dtype: torch.dtype, isa: str, few_kept: bool) -> float:
     if dtype == torch.bfloat16 and isa in _BFLOAT16_DENSE_TOKENS:
         return _BFLOAT16_DENSE_TOKENS[isa] or math.inf
-    torch_is_fast = _BFLOAT16_DENSE_TOKENS.keys() & {*compiled.cpu().instruction_sets()}
-    if dtype == torch.bfloat16 and isa != "portable" and not torch_is_fast:
+    if few_kept and isa in _NONZERO_SETS:
         return math.inf
-    return _DENSE_TOKENS[dtype]
+    sets_that_multiply = _BFLOAT16_DENSE_TOKENS.keys() & {*compiled.cpu().instruction_sets()}
+    torch_is_fast = dtype == torch.bfloat16 and sets_that_multiply
+    return _DENSE_TOKENS[dtype] if torch_is_fast or isa == "portable" else math.inf
 
 
 def _multiply(x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, y: Tensor, in_features: int) -> None:
@@ -113,7 +117,8 @@ def _multiply(x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, y: T
         sparse(x, operands, bias, y, in_features)
         return
     check_product(x, operands[1], bias, in_features)
-    few = x.shape[:-1].numel() < _dense_tokens(x.dtype, compiled.cpu().isa())
+    few_kept = len(operands[1]) <= _NONZERO_SHARE * y.shape[-1] * in_features
+    few = x.shape[:-1].numel() < _dense_tokens(x.dtype, compiled.cpu().isa(), few_kept)
     (sparse if few else through_dense)(x, operands, bias, y, in_features)
 
 

@@ -113,10 +113,15 @@ def test_many_tokens_are_left_to_torch_only_where_its_product_is_faster(monkeypa
     tokens = linear_bitmap._dense_tokens.__wrapped__
     here = types.SimpleNamespace(instruction_sets=lambda: ("avx512_bf16", "avx512", "avx2", "portable"))
     monkeypatch.setattr(compiled, "cpu", lambda: here)
-    assert tokens(torch.bfloat16, "avx512_bf16") == math.inf
-    assert tokens(torch.bfloat16, "avx2") == 192
+    assert tokens(torch.bfloat16, "avx512_bf16", False) == math.inf
+    assert tokens(torch.bfloat16, "avx2", False) == 192
+    # on AVX-512 few kept weights are multiplied without the zeros
+    assert tokens(torch.bfloat16, "avx512", False) == 192
+    assert tokens(torch.bfloat16, "avx512", True) == math.inf
+    assert tokens(torch.bfloat16, "avx2", True) == 192
     # torch multiplies bfloat16 slowly on a processor that has no instruction for it
     here.instruction_sets = lambda: ("avx2", "portable")
-    assert tokens(torch.bfloat16, "avx2") == math.inf
-    assert tokens(torch.bfloat16, "portable") == 192
-    assert tokens(torch.float32, "avx2") == 2048
+    assert tokens(torch.bfloat16, "avx2", False) == math.inf
+    assert tokens(torch.bfloat16, "portable", False) == 192
+    assert tokens(torch.float32, "avx2", False) == math.inf
+    assert tokens(torch.float32, "portable", False) == 2048
