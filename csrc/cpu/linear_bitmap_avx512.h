@@ -37,26 +37,21 @@ struct BitmapTiles {
     const uint32_t* masks;
     const Value* values;
     const Value* end;
-    Ahead later_values, later_masks;
     int64_t steps_bytes;  // of the values of kSteps masks, on average
     const char* far;
     int64_t far_lines;  // a block
     uint64_t bits[kSteps / 2];
 
     void block() {
-      later_values.block();
-      later_masks.block();
-      later_masks.ask(0);
-      later_masks.address += kBlockMasks * 4;
+      ask(masks, kMasksAheadBytes);
       ask_for_lines(far, far_lines);
       far += far_lines * 64;
     }
     void steps() {
-      later_values.ask(0);
-      later_values.ask(64);
-      // a few bytes less than they are do not add up to what it is ahead
-      for (int64_t line = 128; line < steps_bytes - 4; line += 64) later_values.ask(line);
-      later_values.address += steps_bytes;
+      ask(values, kAheadBytes);
+      ask(values, kAheadBytes + 64);
+      // half of the weights are two lines and hardly ever three
+      for (int64_t line = 128; line < steps_bytes - 4; line += 64) ask(values, kAheadBytes + line);
       // masks that lie: see kTailBytes
       static_assert(kSteps <= kGuardMasks, "see kTailBytes");
       values = values < end ? values : end;
@@ -76,20 +71,15 @@ struct BitmapTiles {
 
   Cursor cursor(int64_t panel, int64_t passes = 1, int64_t pass = 0) const {
     const auto* values = static_cast<const Value*>(weight.values);
-    const int64_t panels = panel_count(weight), blocks = block_count(weight);
+    const int64_t blocks = block_count(weight);
     const int64_t first = weight.panel_offsets[panel], end = weight.panel_offsets[panel + 1];
-    const int64_t other = Kind::kPanels > 1 && panel + 2 <= panels ? weight.panel_offsets[panel + 2] - end : 0;
     const int64_t bytes = (end - first) * static_cast<int64_t>(sizeof(Value));
     const int64_t block_bytes = blocks == 0 ? 0 : bytes / blocks;
-    const int64_t mask_bytes = blocks * kBlockMasks * 4;
-    const uint32_t* masks = weight.masks + panel * blocks * kBlockMasks;
-    // the same panel of the next two, if they keep as many
-    const char* far = reinterpret_cast<const char*>(values + first) + Kind::kPanels * bytes + bytes * pass / passes;
-    return {masks,
+    // the next panel, if it keeps as many
+    const char* far = reinterpret_cast<const char*>(values + end) + bytes * pass / passes;
+    return {weight.masks + panel * blocks * kBlockMasks,
             values + first,
             values + end,
-            Ahead(values + first, bytes, other * static_cast<int64_t>(sizeof(Value)), kAheadBytes),
-            Ahead(masks, mask_bytes, Kind::kPanels > 1 ? mask_bytes : 0, kMasksAheadBytes),
             block_bytes * kSteps / kBlockMasks,
             far,
             passes == 1 ? 0 : (block_bytes + passes * 64 - 1) / (passes * 64),

@@ -24,19 +24,16 @@ struct DenseTiles {
   static constexpr int kStored = kPanelRows * 2 * sizeof(typename Kind::Value) / 64;
   struct Cursor {
     const __m512i* tile;
-    Ahead later;
     const char* far;
     int64_t far_lines;  // a block
 
     void block() {
-      later.block();
       ask_for_lines(far, far_lines);
       far += far_lines * 64;
     }
     void steps() {
 #pragma GCC unroll 8
-      for (int i = 0; i < kSteps * kStored; ++i) later.ask(i * 64);
-      later.address += kSteps * kStored * 64;
+      for (int i = 0; i < kSteps * kStored; ++i) ask(tile + i, kAheadBytes);
       tile += kSteps * kStored;
     }
     Tile<Kind::kRegisters> next(int step) { return load_tile(Kind{}, tile + (step - kSteps) * kStored); }
@@ -47,10 +44,9 @@ struct DenseTiles {
   Cursor cursor(int64_t panel, int64_t passes, int64_t pass) const {
     const int64_t tiles = pair_count(weight.in_features) * kStored;
     const auto* tile = static_cast<const __m512i*>(weight.panels) + panel * tiles;
-    // the same panel of the next two
+    // the next panel
     const int64_t lines = passes == 1 ? 0 : (kBlockMasks * kStored + passes - 1) / passes;
-    const Ahead later(tile, tiles * 64, (Kind::kPanels - 1) * tiles * 64, kAheadBytes);
-    return {tile, later, reinterpret_cast<const char*>(tile + Kind::kPanels * tiles + tiles * pass / passes), lines};
+    return {tile, reinterpret_cast<const char*>(tile + tiles + tiles * pass / passes), lines};
   }
 };
 
