@@ -8,9 +8,10 @@
 //     in flight  the same bytes, so many at once as its blocks have asked for, each time after the latency
 //     issue      its warps' instructions: four a clock, but of one warp only every kWarpClocks-th clock
 //
-// and a tenth of all four, for they do not overlap perfectly, and a latency for each wave, in which nothing has come yet; where blocks share outputs, two more, for the sums that
-// meet. Bandwidth, clock and multiprocessors are what the card says of itself. The latency, L2's bandwidth and how often
-// a warp can go on no card says; they decide only between divisions that all give the right result.
+// and a tenth of all four, for they do not overlap perfectly, and a latency for each wave, in which nothing has come yet;
+// where blocks share outputs, two more, for the sums that meet. Bandwidth, clock and multiprocessors are what the card
+// says of itself. The latency, L2's bandwidth and how often a warp can go on no card says; they decide only between
+// divisions that all give the right result.
 #pragma once
 
 #include <cuda_runtime.h>
