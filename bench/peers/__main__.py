@@ -12,7 +12,8 @@ than ours. What cannot run is listed with its reason, and hurts nobody. Weights 
 and rotate through memory; every result is compared with float64 before anything is timed. What quantises its inputs
 may differ by 5 %, and the table shows by how much each does.
 
-The last line of stdout is the result as JSON; --plot draws the speed-up of the bitmap over the best dense of torch.
+The last line of stdout is the result as JSON; --plot draws the speed-up of our faster kernel over own dense
+and the best of torch.
 """
 
 import argparse
@@ -229,7 +230,7 @@ def table(row: dict) -> str:
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """The bitmap kernels' speed-up over own dense and the best of torch against tokens, ceiling dashed."""
+    """The speed-up of our faster kernel over own dense and the best of torch against tokens, ceiling dashed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
@@ -239,18 +240,22 @@ def plot(rows: list[dict], path: Path) -> None:
     ):
         for colour, sparsity in enumerate(dict.fromkeys(row["sparsity"] for row in rows)):
             mine = [row for row in rows if row["sparsity"] == sparsity]
-            for name, style in (("bitmap bf16", "o-"), ("bitmap int8", "s:")):
-                points = [(row["tokens"], row["peers"][name][key]["median"]) for row in mine if name in row["peers"]]
-                points = [(at, ratio) for at, ratio in points if ratio is not None]
-                label = f"{sparsity:.0%} {name.removeprefix('bitmap ')}"
+            for values, style in (("bf16", "o-"), ("int8", "s:")):
+                points = []
+                for row in mine:
+                    kernels = [row["peers"].get(f"{kernel} {values}") for kernel in ("bitmap", "index")]
+                    ratios = [kernel[key]["median"] for kernel in kernels if kernel and kernel[key]["median"]]
+                    points += [(row["tokens"], max(ratios))] if ratios else []
+                label = f"{sparsity:.0%} {values}"
                 axes.plot(*zip(*points, strict=True) if points else ([], []), style, color=f"C{colour}", label=label)
             if mine[0]["ceiling"]:
                 axes.axhline(mine[0]["ceiling"], linestyle="--", color=f"C{colour}", linewidth=0.8)
         axes.axhline(1, color="grey", linewidth=0.8)
-        axes.set(xscale="log", xlabel="tokens", title=f"bitmap against {title}", ylim=(0, None))
+        axes.set(xscale="log", xlabel="tokens", title=f"sparse against {title}")
         counts = sorted({row["tokens"] for row in rows})
         axes.set_xticks(counts, [str(count) for count in counts])
         axes.minorticks_off()
+    panels[0].set_ylim(0, None)
     panels[0].set_ylabel("speed-up; dashed: bfloat16's ceiling, by bytes")
     panels[1].legend(fontsize="small")
     figure.savefig(path, dpi=150)
