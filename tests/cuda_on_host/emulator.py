@@ -22,9 +22,13 @@ from torch import Tensor
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 FLAGS = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DSPARSEKERN_ON_HOST"]
+# lines are counted for test_every_line.py
+COVERAGE = "--coverage"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 # a kernel that is right is right in each
 ORDERS = ("forward", "reverse", "1")
+# of every program that was made, with its lines' counts
+FOLDERS: list[Path] = []
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ def build(folder: Path, *sources: str | Path) -> Program:
 
     def compile_one(path: Path, sanitizers: list[str]) -> subprocess.CompletedProcess:
         target = folder / f"{path.name}.o"
-        command = [compiler, *FLAGS, *sanitizers, *include, "-x", "c++", "-c", path, "-o", target]
+        command = [compiler, *FLAGS, COVERAGE, *sanitizers, *include, "-x", "c++", "-c", path, "-o", target]
         return subprocess.run(command, capture_output=True, text=True)
 
     # a g++ without the sanitizers' libraries still compares the numbers
@@ -122,8 +126,11 @@ def build(folder: Path, *sources: str | Path) -> Program:
                 assert done.returncode == 0, done.stderr[-6000:]
         program = folder / Path(sources[0]).stem
         objects = [folder / f"{path.name}.o" for path in paths]
-        done = subprocess.run([compiler, *sanitizers, *objects, "-o", program], capture_output=True, text=True)
+        done = subprocess.run(
+            [compiler, COVERAGE, *sanitizers, *objects, "-o", program], capture_output=True, text=True
+        )
         if done.returncode == 0:
+            FOLDERS.append(folder)
             return Program(program)
     raise AssertionError(done.stderr)
 

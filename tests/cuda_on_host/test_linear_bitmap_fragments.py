@@ -25,6 +25,8 @@ SIZES = [
     (7, 16, 1000, 0.1),
     (8, 7, 100, 1.0),
     (9, 70, 600, 0.5),
+    # blocks share the outputs
+    (10, 20, 8200, 0.5),
     (17, 33, 1100, 0.5),
     (33, 40, 1000, 0.5),
     (64, 20, 520, 0.3),
@@ -68,8 +70,8 @@ def test_the_kernel_matches_float64_in_any_order_of_threads(on_host, dtype, toke
 
 
 def test_the_bits_are_the_same_in_every_order(on_host):
-    weight = problem(20, 5000, 0.5)
-    x, bias = inputs(5, weight)
+    weight = problem(20, 8200, 0.5)
+    x, bias = inputs(10, weight)
     operands = bitmap_fragments.reference(Bitmap.pack(weight))
     ys = [run(on_host, x, operands, bias, 20, order).view(torch.int16) for order in ORDERS]
     assert torch.equal(ys[0], ys[1])
