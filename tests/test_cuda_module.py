@@ -35,10 +35,11 @@ LOOPS = [
     # kernel, loop with, dense elements a thread, instructions an element, POPC an element
     (r"linear_24_kernel\w+Li1E", "HMMA.SP", 16 * 256 / 32, 1.6, 0),
     (r"linear_24_kernel\w+Li8E", "HMMA.SP", 16 * 256 / 32, 3.6, 0),
-    # two blocks of 64 inputs; 8, 16, 32 and 64 tokens. Only what the tokens add is above 4
-    (r"bitmap_fragments_kernel\w+Li[12]E", "HMMA", 16 * 128 / 32, 4, 0),
-    (r"bitmap_fragments_kernel\w+Li4E", "HMMA", 16 * 128 / 32, 4.4, 0),
-    (r"bitmap_fragments_kernel\w+Li8E", "HMMA", 16 * 128 / 32, 5, 0),
+    # two blocks of 64 inputs; 8, 16, 32 and 64 tokens. Only what 64 tokens add is above 4
+    (r"bitmap_fragments_kernel\w+Li1E", "HMMA", 16 * 128 / 32, 3.3, 0),
+    (r"bitmap_fragments_kernel\w+Li2E", "HMMA", 16 * 128 / 32, 3.5, 0),
+    (r"bitmap_fragments_kernel\w+Li4E", "HMMA", 16 * 128 / 32, 3.9, 0),
+    (r"bitmap_fragments_kernel\w+Li8E", "HMMA", 16 * 128 / 32, 4.6, 0),
 ]
 # what a thread may spend on each dense element in kernels that move 16 bytes at a time: in the loop along a row, where
 # there is one, else before the last way out but one, behind which stands what is done for weights that are refused. An

@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(32 * kWarps) bitmap_fragments_to_dense_kernel(
   __syncwarp();
 
   const uint32_t first_run = (warp_smem + kMaskBytes) / 8, last_run = first_run + capacity * kCellValues * 8;
-  const uint32_t column = lane * 2 * kCellValues, spread = spread_of(lane % 16);
+  const Spread spread = spread_of(lane);
   const unsigned char* mask_smem_read = ptx::shared_memory() + warp_smem + lane * 4;
   const int64_t row = at / segments * kFragmentRows + lane / 4;
   const int64_t first_input = at % segments * kSegmentInputs + lane % 4 * kLaneInputs;
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(32 * kWarps) bitmap_fragments_to_dense_kernel(
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       uint32_t a[4];
-      expand(a, mask >> 8 * i, spread, run, column);
+      expand(a, mask >> 8 * i, spread, run, lane);
 #pragma unroll
       for (int j = 0; j < 4; ++j) rows[j % 2][2 * i + j / 2] = a[j];
     }

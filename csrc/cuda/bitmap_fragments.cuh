@@ -3,8 +3,9 @@
 //
 // The kept values of a lane are a run of bytes in two planes, low and high, so that one prmt puts four weights of a row
 // in their places in a plane, with one selector, and zeros where none is kept. That selector, and how far the run goes
-// on, come from the row's four mask bits by a shuffle: lane i of each half warp holds the answer for the bits i. In shared
-// memory each lane has its own column of cells, which no other lane's loads get in the way of.
+// on, come from the row's four mask bits by a shuffle: lane i of each half warp holds the answer for the bits i. Rows g
+// and g + 8 are taken together where the values of the one end and those of the other begin, so that both are shifted
+// alike. In shared memory each lane has its own column of cells, which no other lane's loads get in the way of.
 #pragma once
 
 #include "ops.h"
@@ -16,24 +17,35 @@ constexpr int kCellValues = 4;                            // of a lane: 4 low by
 constexpr int kCellRowBytes = 32 * 2 * kCellValues;       // a cell of every lane of the warp
 constexpr int kQuadRowBytes = kCellRowBytes / kLaneQuads;  // as saved: a cell of every lane that has the same rows
 constexpr int kMaskBytes = kSegmentBlocks * 32 * 4;
-// a block's values and what a window reads behind them: as far as masks that lie can lead
-constexpr int kGuardRows = kBlockWeights / kCellValues + 3;
+// a block's values, with the cell behind the last place that is read around: as far as masks that lie can lead
+constexpr int kGuardRows = kBlockWeights / kCellValues + 1;
 
-// Shared memory of a warp for the longest run of `capacity` cells; kGuardRows follow the last warp's.
+// Shared memory of a warp for the longest run of `capacity` cells; kGuardRows follow the last warp's. The masks are what
+// is read in front of the first cell.
 __host__ __device__ constexpr int warp_bytes(int capacity) { return kMaskBytes + capacity * kCellRowBytes; }
 
-// For four mask bits: the selector of prmt that spreads a window's next bytes, and above it 8 bits for each one kept.
+// For four mask bits: the selector of prmt that spreads a window's bytes, and above it 8 bits for each one kept.
+//   kEnds  the values are the window's last ones, else its first
+template <bool kEnds>
 __device__ __forceinline__ uint32_t spread_of(unsigned bits) {
-  uint32_t selector = 0, kept = 0;
+  const uint32_t kept = __popc(bits);
+  uint32_t selector = 0, next = kEnds ? 4 - kept : 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const bool here = bits >> i & 1;
     // byte 4 is of the second operand, which is zero
-    selector |= (here ? kept : 4u) << 4 * i;
-    kept += here;
+    selector |= (here ? next : 4u) << 4 * i;
+    next += here;
   }
   return selector | kept << 19;
 }
+
+// What a lane knows of it, for everybody's shuffles.
+struct Spread {
+  uint32_t ends, begins;
+};
+
+__device__ __forceinline__ Spread spread_of(int lane) { return {spread_of<true>(lane % 16), spread_of<false>(lane % 16)}; }
 
 // Where the cells of a lane's quad begin and end, as they are saved.
 struct QuadRows {
@@ -70,28 +82,26 @@ __device__ __forceinline__ void copy_segment(unsigned char* to, const uint32_t* 
 
 // The next 8 weights of a lane, `mask` their bits and whatever is above: 4 inputs of row g in a[0], a[2], and of row
 // g + 8 in a[1], a[3].
-//   run  the lane's place in shared memory: kCellRowBytes a cell is 32, so that its low 5 bits are those of the byte
-__device__ __forceinline__ void expand(uint32_t (&a)[4], uint32_t mask, uint32_t spread, uint32_t& run,
-                                       uint32_t column) {
+//   run  the lane's place in shared memory, 8 for a value: kCellRowBytes a cell is 32, so that its low 5 bits are those
+//        of the byte
+__device__ __forceinline__ void expand(uint32_t (&a)[4], uint32_t mask, Spread spread, uint32_t& run, int lane) {
   constexpr uint32_t kAll = 0xffffffff;
-  const uint32_t upper = __shfl_sync(kAll, spread, static_cast<int>(mask), 16);
-  const uint32_t lower = __shfl_sync(kAll, spread, static_cast<int>(mask >> 4), 16);
-  const unsigned char* at = ptx::shared_memory() + ((run << 3 & ~(kCellRowBytes - 1u)) | column);
-  const uint2 cell_0 = *reinterpret_cast<const uint2*>(at);
-  const uint2 cell_1 = *reinterpret_cast<const uint2*>(at + kCellRowBytes);
-  const uint2 cell_2 = *reinterpret_cast<const uint2*>(at + 2 * kCellRowBytes);
+  const uint32_t ends = __shfl_sync(kAll, spread.ends, static_cast<int>(mask), 16);
+  const uint32_t begins = __shfl_sync(kAll, spread.begins, static_cast<int>(mask >> 4), 16);
+  // where row g's values end and row g + 8's begin
+  run += ends >> 16;
+  const uint2* at = reinterpret_cast<const uint2*>(ptx::shared_memory()) + ((run & ~31u) | static_cast<uint32_t>(lane));
+  const uint2 cell_0 = at[-32], cell_1 = at[0], cell_2 = at[32];
   // the shift counts modulo 32
-  const uint32_t low_0 = __funnelshift_r(cell_0.x, cell_1.x, run);
-  const uint32_t high_0 = __funnelshift_r(cell_0.y, cell_1.y, run);
-  const uint32_t low_1 = __funnelshift_rc(low_0, __funnelshift_r(cell_1.x, cell_2.x, run), upper >> 16);
-  const uint32_t high_1 = __funnelshift_rc(high_0, __funnelshift_r(cell_1.y, cell_2.y, run), upper >> 16);
-  run += (upper >> 16) + (lower >> 16);
-  const uint32_t low_upper = ptx::prmt(low_0, 0, upper), high_upper = ptx::prmt(high_0, 0, upper);
-  const uint32_t low_lower = ptx::prmt(low_1, 0, lower), high_lower = ptx::prmt(high_1, 0, lower);
-  a[0] = ptx::prmt(low_upper, high_upper, 0x5140);
-  a[1] = ptx::prmt(low_lower, high_lower, 0x5140);
-  a[2] = ptx::prmt(low_upper, high_upper, 0x7362);
-  a[3] = ptx::prmt(low_lower, high_lower, 0x7362);
+  const uint32_t low_ends = ptx::prmt(__funnelshift_r(cell_0.x, cell_1.x, run), 0, ends);
+  const uint32_t high_ends = ptx::prmt(__funnelshift_r(cell_0.y, cell_1.y, run), 0, ends);
+  const uint32_t low_begins = ptx::prmt(__funnelshift_r(cell_1.x, cell_2.x, run), 0, begins);
+  const uint32_t high_begins = ptx::prmt(__funnelshift_r(cell_1.y, cell_2.y, run), 0, begins);
+  run += begins >> 16;
+  a[0] = ptx::prmt(low_ends, high_ends, 0x5140);
+  a[1] = ptx::prmt(low_begins, high_begins, 0x5140);
+  a[2] = ptx::prmt(low_ends, high_ends, 0x7362);
+  a[3] = ptx::prmt(low_begins, high_begins, 0x7362);
 }
 
 }  // namespace sparsekern::cuda

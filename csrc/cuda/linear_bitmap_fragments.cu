@@ -11,7 +11,7 @@
 //
 // Counted for an H200 at 50 % (tests/cuda_on_host/divisions.py), none of it measured: one stage of a warp is 5.9 KB,
 // and 8 to 16 warps of a multiprocessor have 47 to 94 KB of weights under way while as much is multiplied; latency x
-// bandwidth is 26 KB. Instructions a dense weight in the loop: 3.6, 3.9, 4.3 and 4.9 for up to 8, 16, 32 and 64 tokens,
+// bandwidth is 26 KB. Instructions a dense weight in the loop: 3.3, 3.5, 3.8 and 4.5 for up to 8, 16, 32 and 64 tokens,
 // about 1.8 more for the copies, of which an H200 affords 7.8. Two HMMA and a load of x are left of each tile of tokens:
 // 0.19 a weight, so that 8 tiles are 1.3 above one. Registers on sm_90a: 64, 96, 112, 118.
 
@@ -56,29 +56,27 @@ __device__ inline void store(__nv_bfloat16* to, float value) { *to = __float2bfl
 template <typename Value>
 __device__ void copy_x(unsigned char* x_smem, const Value* x, int first_input, int tokens, int in_features,
                        int first_row, int row_step, int lane) {
-  constexpr int kPieceInputs = 8, kRowPieces = kSegmentInputs / kPieceInputs;
+  constexpr int kPieceInputs = 8;
+  static_assert(kSegmentInputs == 32 * kPieceInputs, "a lane has one piece of a row");
+  const int input = first_input + lane * kPieceInputs;
+  const int there = min(max(in_features - input, 0), kPieceInputs);
+  const Value* from = x + static_cast<int64_t>(first_row) * in_features + (there > 0 ? input : 0);
+  unsigned char* x_smem_write = x_smem + first_row * kXRowBytes + lane * 16;
   // cp.async moves 16 bytes between multiples of 16
   const bool aligned = (reinterpret_cast<uintptr_t>(x) | in_features * sizeof(Value)) % 16 == 0;
-#pragma unroll
-  for (int piece = lane; piece < kRowPieces; piece += 32) {
-    const int input = first_input + piece * kPieceInputs;
-    const int there = min(max(in_features - input, 0), kPieceInputs);
-    const Value* from = x + static_cast<int64_t>(first_row) * in_features + (there > 0 ? input : 0);
-    unsigned char* x_smem_write = x_smem + first_row * kXRowBytes + piece * 16;
 #pragma unroll 1
-    for (int row = first_row; row < tokens; row += row_step) {
-      if (aligned) {
-        ptx::cp_async_16(x_smem_write, from, there * static_cast<int>(sizeof(Value)));
-      } else {
+  for (int row = first_row; row < tokens; row += row_step) {
+    if (aligned) {
+      ptx::cp_async_16(x_smem_write, from, there * static_cast<int>(sizeof(Value)));
+    } else {
 #pragma unroll 1
-        for (int i = 0; i < kPieceInputs; ++i) {
-          reinterpret_cast<uint16_t*>(x_smem_write)[i] =
-              i < there ? reinterpret_cast<const uint16_t*>(from)[i] : uint16_t{0};
-        }
+      for (int i = 0; i < kPieceInputs; ++i) {
+        reinterpret_cast<uint16_t*>(x_smem_write)[i] =
+            i < there ? reinterpret_cast<const uint16_t*>(from)[i] : uint16_t{0};
       }
-      x_smem_write += row_step * kXRowBytes;
-      from += static_cast<int64_t>(row_step) * in_features;
     }
+    x_smem_write += row_step * kXRowBytes;
+    from += static_cast<int64_t>(row_step) * in_features;
   }
 }
 
@@ -92,7 +90,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, 2) linear_bitmap_fragments_ke
     Value* __restrict__ y,                    // [tokens, out_features], where splits == 1
     float* __restrict__ partial,              // [splits, tokens, out_features], where splits > 1
     Work work) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = ptx::lane(), warp = threadIdx.x / 32;
   const int warps_m = 1 << work.warps_m_log2;
   const int warp_m = warp & (warps_m - 1), warp_k = warp >> work.warps_m_log2;
   const int tokens = work.tokens;
@@ -105,8 +103,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, 2) linear_bitmap_fragments_ke
   const int warp_smem = warp * (kStages * stage_bytes);
   const int x_smem = (blockDim.x / 32) * (kStages * stage_bytes) + kGuardRows * kCellRowBytes +
                      warp_k * (kStages * x_stage_bytes);
-  const uint32_t column = lane * 2 * kCellValues;
-  const uint32_t spread = spread_of(lane % 16);
+  const Spread spread = spread_of(lane);
 
   const auto meet_slot = [&] {
     if (warps_m == 1) {
@@ -156,8 +153,8 @@ __global__ void __launch_bounds__(32 * kMostWarps, 2) linear_bitmap_fragments_ke
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
         uint32_t a[2][4];
-        expand(a[0], mask >> 16 * pair, spread, run, column);
-        expand(a[1], mask >> (16 * pair + 8), spread, run, column);
+        expand(a[0], mask >> 16 * pair, spread, run, lane);
+        expand(a[1], mask >> (16 * pair + 8), spread, run, lane);
 #pragma unroll
         for (int n = 0; n < kTokenTiles; ++n) {
           const uint4 x_reg = *reinterpret_cast<const uint4*>(x_smem_read + n * (kTileTokens * kXRowBytes) +
@@ -241,7 +238,7 @@ constexpr int registers_of(int token_tiles) {
 }
 
 // Of a warp for a segment (tests/test_cuda_module.py): the loop over blocks, and the copies beside it.
-constexpr double instructions_of(int token_tiles) { return 670 + 24.0 * token_tiles; }
+constexpr double instructions_of(int token_tiles) { return 625 + 23.0 * token_tiles; }
 
 // The blocks of a division, for the formula of division.h.
 Blocks blocks_of(const Division& division, const Card& card, int64_t tokens, int64_t segments, int capacity,
@@ -260,14 +257,10 @@ Blocks blocks_of(const Division& division, const Card& card, int64_t tokens, int
           division.splits > 1};
 }
 
-// Of all divisions that fit, the one that should take the least time.
-cudaError_t divide(Division& best, int64_t tokens, int64_t panels, int64_t segments, int capacity,
-                   int64_t out_features) {
-  Card card;
-  const cudaError_t error = this_card(card);
-  if (error != cudaSuccess) return error;
-  // without inputs the bias is all there is
-  segments = std::max<int64_t>(segments, 1);
+// Of all divisions that fit, the one that should take the least time; without warps where none fits.
+Division best_division(const Card& card, int64_t tokens, int64_t panels, int64_t segments, int capacity,
+                       int64_t out_features) {
+  Division best{};
   double best_us = -1.0;
   for (int splits = 1; splits <= 16 && splits <= segments; splits *= 2) {
     for (int warps_m_log2 = 0; warps_m_log2 <= 3 && (warps_m_log2 == 0 || 1 << warps_m_log2 <= panels);
@@ -283,7 +276,20 @@ cudaError_t divide(Division& best, int64_t tokens, int64_t panels, int64_t segme
       }
     }
   }
-  return best_us < 0.0 ? cudaErrorInvalidConfiguration : cudaSuccess;
+  return best;
+}
+
+cudaError_t divide(Division& division, const BitmapFragments& weight, int64_t tokens) {
+  Card card;
+  const cudaError_t error = this_card(card);
+  if (error != cudaSuccess) return error;
+  const std::array<int64_t, 4> sizes{tokens, weight.out_features, weight.in_features, weight.capacity};
+  division = remembered<Division>(card, sizes, [&] {
+    // without inputs the bias is all there is
+    return best_division(card, tokens, weight.panels(), std::max<int64_t>(weight.segments(), 1), weight.capacity,
+                         weight.out_features);
+  });
+  return division.warps() == 0 ? cudaErrorInvalidConfiguration : cudaSuccess;
 }
 
 bool in_range(int64_t tokens, int64_t out_features, int64_t in_features) {
@@ -297,7 +303,7 @@ cudaError_t multiply(const BitmapFragments& weight, const Value* x, const Value*
   if (!in_range(tokens, weight.out_features, weight.in_features)) return cudaErrorInvalidValue;
   if (tokens == 0 || weight.out_features == 0) return cudaSuccess;
   Division division;
-  const cudaError_t error = divide(division, tokens, weight.panels(), weight.segments(), weight.capacity, weight.out_features);
+  const cudaError_t error = divide(division, weight, tokens);
   if (error != cudaSuccess) return error;
   const Work work{weight.out_features,
                   static_cast<int>(weight.in_features),
@@ -333,7 +339,7 @@ cudaError_t linear_bitmap_fragments_workspace(const BitmapFragments& weight, int
   if (!in_range(tokens, weight.out_features, weight.in_features)) return cudaErrorInvalidValue;
   if (tokens == 0 || weight.out_features == 0) return cudaSuccess;
   Division division;
-  const cudaError_t error = divide(division, tokens, weight.panels(), weight.segments(), weight.capacity, weight.out_features);
+  const cudaError_t error = divide(division, weight, tokens);
   if (error == cudaSuccess && division.splits > 1) {
     *bytes = division.splits * tokens * weight.out_features * static_cast<int64_t>(sizeof(float));
   }

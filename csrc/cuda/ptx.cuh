@@ -175,6 +175,13 @@ __device__ __forceinline__ void barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// %laneid: threadIdx.x % 32 in a register, which the compiler does not work out again wherever it is needed
+__device__ __forceinline__ int lane() {
+  int lane;
+  asm("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 // prmt: byte i of the result is byte (selector >> 4 i & 7) of {a, b}, a first
 __device__ __forceinline__ uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t d;
