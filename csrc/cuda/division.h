@@ -17,6 +17,8 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <array>
+#include <cstddef>
 #include <cstdint>
 
 namespace sparsekern::cuda {
@@ -28,14 +30,14 @@ constexpr double kOverlapLost = 0.1;
 constexpr int kMostResident = 8;       // beyond that blocks' own beginnings and ends count
 
 struct Card {
-  int multiprocessors, shared_bytes_per_block, shared_bytes_per_multiprocessor, registers_per_multiprocessor;
+  int device, multiprocessors, shared_bytes_per_block, shared_bytes_per_multiprocessor, registers_per_multiprocessor;
   double bytes_per_us;  // of memory, a multiprocessor's share
   double clocks_per_us;
 };
 
-inline cudaError_t this_card(Card& card) {
-  int device, memory_khz, bus_bits, khz;
-  cudaError_t error = cudaGetDevice(&device);
+inline cudaError_t read_card(Card& card, int device) {
+  int memory_khz, bus_bits, khz;
+  cudaError_t error = cudaSuccess;
   const auto read = [&](int& value, cudaDeviceAttr attribute) {
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, device);
   };
@@ -47,10 +49,50 @@ inline cudaError_t this_card(Card& card) {
   read(bus_bits, cudaDevAttrGlobalMemoryBusWidth);
   read(khz, cudaDevAttrClockRate);
   if (error != cudaSuccess) return error;
+  card.device = device;
   // two bits a line and clock
   card.bytes_per_us = 2.0 * std::max(memory_khz, 1) * std::max(bus_bits, 8) / 8 / 1e3 / card.multiprocessors;
   card.clocks_per_us = std::max(khz, 1) / 1e3;
   return cudaSuccess;
+}
+
+// The current device. A thread reads each card once, for its clocks are slow to read: NVIDIA, "CUDA Pro Tip: The Fast
+// Way to Query Device Properties".
+inline cudaError_t this_card(Card& card) {
+  constexpr int kDevices = 16;  // later ones are read each time
+  thread_local bool known[kDevices] = {};
+  thread_local Card cards[kDevices];
+  int device;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  if (device >= kDevices) return read_card(card, device);
+  if (!known[device]) {
+    error = read_card(cards[device], device);
+    if (error != cudaSuccess) return error;
+    known[device] = true;
+  }
+  card = cards[device];
+  return cudaSuccess;
+}
+
+// What `divide` says for these sizes on this card: a thread remembers the latest answers of each kernel, for a model
+// asks again and again, and an answer costs some microseconds.
+template <typename Division, size_t kSizes, typename Divide>
+Division remembered(const Card& card, const std::array<int64_t, kSizes>& sizes, Divide divide) {
+  constexpr size_t kAnswers = 128;
+  struct Answer {
+    int device = -1;
+    std::array<int64_t, kSizes> sizes;
+    Division division;
+  };
+  thread_local Answer answers[kAnswers];
+  // Fibonacci hashing, 2^64 over the golden ratio
+  constexpr uint64_t kGolden = 0x9e3779b97f4a7c15u;
+  uint64_t hash = static_cast<uint64_t>(card.device) * kGolden;
+  for (const int64_t size : sizes) hash = (hash + static_cast<uint64_t>(size)) * kGolden;
+  Answer& answer = answers[hash >> 40 & (kAnswers - 1)];
+  if (answer.device != card.device || answer.sizes != sizes) answer = {card.device, sizes, divide()};
+  return answer.division;
 }
 
 // What a division's blocks are like.

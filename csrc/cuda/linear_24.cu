@@ -280,7 +280,7 @@ Blocks blocks_of(const Division& division, const Card& card, int64_t tokens, int
           division.splits > 1};
 }
 
-Division divide(const Card& card, int64_t tokens, int64_t panels, int64_t chunks) {
+Division best_division(const Card& card, int64_t tokens, int64_t panels, int64_t chunks) {
   Division best{0, 1, 1};
   double best_us = -1.0;
   for (int splits = 1; splits <= 8 && splits <= chunks; splits *= 2) {
@@ -296,6 +296,11 @@ Division divide(const Card& card, int64_t tokens, int64_t panels, int64_t chunks
     }
   }
   return best;
+}
+
+Division divide(const Card& card, int64_t tokens, int64_t panels, int64_t chunks) {
+  return remembered<Division>(card, std::array{tokens, panels, chunks},
+                              [&] { return best_division(card, tokens, panels, chunks); });
 }
 
 template <typename Value>
