@@ -154,8 +154,8 @@ PYBIND11_MODULE(_cpu, module) {
   exchange_api();
   release_threads_before_fork();
   module.attr("ABI") = kAbi;
-  module.def("are_plain", are_plain, py::arg("x"), py::arg("operands"), py::arg("bias"),
-             "Whether all are plain tensors of torch, on the CPU.");
+  module.def("are_plain", are_plain, py::arg("device_type"), py::arg("x"), py::arg("operands"), py::arg("bias"),
+             "Whether all are plain tensors of torch, on devices of a type of DLPack's.");
   bind_bitmap(module);
   bind_bitmap_index(module);
   bind_bitmap_int8(module);

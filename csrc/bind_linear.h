@@ -40,7 +40,7 @@ struct Memory {
   dlpack::Tensor tensor;  // its shape and strides are valid as long as nobody changes the tensor
 
   Memory(const char* name, py::handle object) {
-    if (!describe(object, tensor)) refuse(name, " must be a tensor on the CPU");
+    if (!describe(object, tensor, dlpack::kCpu)) refuse(name, " must be a tensor on the CPU");
     size = 1;
     bool contiguous = true;
     for (int d = tensor.ndim - 1; d >= 0; --d) {
@@ -52,10 +52,10 @@ struct Memory {
     element_bytes = tensor.type_bits * tensor.type_lanes / 8;
   }
 
-  // False for what is no tensor or has no address on the CPU.
-  static bool describe(py::handle object, dlpack::Tensor& tensor) {
+  // False for what is no tensor or has no address on such a device.
+  static bool describe(py::handle object, dlpack::Tensor& tensor, int32_t device_type) {
     if (!py::isinstance(object, torch_tensor_type())) return false;
-    if (exchange_api().describe(object.ptr(), &tensor) == 0) return tensor.device_type == dlpack::kCpu;
+    if (exchange_api().describe(object.ptr(), &tensor) == 0) return tensor.device_type == device_type;
     PyErr_Clear();
     return false;
   }
@@ -76,12 +76,12 @@ struct Memory {
   }
 };
 
-// Whether a tensor is of torch's own class, on the CPU, and its values are those in memory.
-inline bool is_plain(py::handle object) {
+// Whether a tensor is of torch's own class, on such a device, and its values are those in memory.
+inline bool is_plain(py::handle object, int32_t device_type) {
   static const py::handle is_neg = torch_tensor_type().attr("is_neg").cast<py::object>().release();
   if (Py_TYPE(object.ptr()) != reinterpret_cast<PyTypeObject*>(torch_tensor_type().ptr())) return false;
   dlpack::Tensor tensor;
-  if (!Memory::describe(object, tensor)) return false;
+  if (!Memory::describe(object, tensor, device_type)) return false;
   bool empty = false;
   for (int d = 0; d < tensor.ndim; ++d) empty = empty || tensor.shape[d] == 0;
   // zeros that torch keeps no memory for
@@ -94,10 +94,10 @@ inline bool is_plain(py::handle object) {
 }
 
 // The same of all that a call of a linear op is given.
-inline bool are_plain(py::handle x, const py::tuple& operands, py::handle bias) {
-  if (!is_plain(x) || (!bias.is_none() && !is_plain(bias))) return false;
+inline bool are_plain(int32_t device_type, py::handle x, const py::tuple& operands, py::handle bias) {
+  if (!is_plain(x, device_type) || (!bias.is_none() && !is_plain(bias, device_type))) return false;
   for (const py::handle operand : operands) {
-    if (!is_plain(operand)) return false;
+    if (!is_plain(operand, device_type)) return false;
   }
   return true;
 }

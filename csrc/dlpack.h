@@ -12,7 +12,7 @@ constexpr uint32_t kMajor = 1;
 // the name of the capsule that holds an ExchangeApi
 constexpr const char* kCapsule = "dlpack_exchange_api";
 
-constexpr int32_t kCpu = 1;     // device types
+constexpr int32_t kCpu = 1;     // of the device types
 constexpr uint8_t kFloat = 2;   // type codes
 constexpr uint8_t kBFloat = 4;
 

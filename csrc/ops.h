@@ -6,7 +6,7 @@
 namespace sparsekern {
 
 // Raised by one whenever a signature or a layout here changes; ops/compiled.py refuses a module that has another.
-constexpr int kAbi = 6;
+constexpr int kAbi = 7;
 
 enum class DType : int { kBFloat16 = 0, kFloat32 = 1, kFloat16 = 2, kInt8 = 3 };
 

@@ -96,6 +96,6 @@ CUSPARSELT = Dense(
     "cuSPARSELt",
     _prepare_searched,
     lambda x, prepared, bias: cusparselt.multiply(x, prepared[0], bias, *prepared[1:]),
-    lambda weight: cusparselt.refuses_weight(weight.device, weight.dtype, tuple(weight.shape)),
+    cusparselt.refuses,
     of_tokens=True,
 )

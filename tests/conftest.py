@@ -6,6 +6,8 @@ import transformers
 from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from tests.card_linears import CARD_LINEARS
+
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
@@ -31,6 +33,17 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def on_no_card(monkeypatch):
+    """The linear ops of a card take tensors of the CPU, whose index is none of a card's, and launch on stream 5."""
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda card: 5, raising=False)
+    library = torch.library.Library("sparsekern", "IMPL")
+    for name, op in CARD_LINEARS.items():
+        library.impl(name, op.dispatched, "CPU")
+    yield
+    library._destroy()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import functools
 import importlib
 import importlib.machinery
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 # what the Python side expects of the binding: kAbi of csrc/ops.h, raised with every change of a function's arguments
-ABI = 6
+ABI = 7
 
 _PACKAGE = Path(__file__).parent.parent
 _REBUILD = "install sparsekern again"
@@ -82,6 +82,25 @@ def in_huge_pages(fresh: "torch.Tensor") -> "torch.Tensor":
 def copy(tensor: "torch.Tensor") -> "torch.Tensor":
     """A contiguous copy, in huge pages."""
     return in_huge_pages(torch.empty_like(tensor, memory_format=torch.contiguous_format)).copy_(tensor)
+
+
+def launch(start: Callable[..., None], **arguments: Any) -> None:
+    """Call a function of the compiled modules that starts a kernel, for the card of its tensors and the current stream.
+
+    It is given a tensor as its address and, with _size behind the name, its number of elements; None as 0 and 0.
+    """
+    given = {}
+    for name, argument in arguments.items():
+        if argument is None:
+            given[name] = given[name + "_size"] = 0
+        elif isinstance(argument, int):
+            given[name] = argument
+        else:
+            given[name], given[name + "_size"] = argument.data_ptr(), argument.numel()
+            card = argument.get_device()
+    # a launch goes to the current device. torch.cuda.current_stream() makes an object, for longer than all of this
+    with torch.cuda.device(card):
+        start(**given, stream=torch._C._cuda_getCurrentRawStream(card))
 
 
 def why_not(name: str) -> str | None:

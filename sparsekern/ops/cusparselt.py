@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from sparsekern.formats import SemiStructured
+from sparsekern.ops.kernel import device_refuses
+from sparsekern.ops.linear_call import CudaLinear
 
 DTYPES = (torch.bfloat16, torch.float16)
 # of the rows and columns of a 16-bit weight that is 2:4, and of a dense operand
@@ -29,23 +31,13 @@ ALIGNMENT_BYTES = 16
 _STRIPE = 1024
 
 
-def refuses(packed: SemiStructured) -> str | None:
-    """Why this kernel cannot serve a weight; None: it can."""
-    return refuses_weight(packed.device, packed.dtype, packed.shape)
-
-
-def refuses_weight(device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> str | None:
-    """The same of a 2:4 weight that is still dense."""
-    if device.type != "cuda":
-        return f"the weight must be on a CUDA device, got {device}"
+def refuses(packed: SemiStructured | Tensor) -> str | None:
+    """Why this kernel cannot serve a weight, packed or still dense; None: it can."""
+    if reason := device_refuses(packed, "cuda", DTYPES):
+        return reason
     if not torch.backends.cusparselt.is_available():
         return f"torch {torch.__version__} brings no cuSPARSELt"
-    if dtype not in DTYPES:
-        return f"the weight must be bfloat16 or float16, got {dtype}"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return f"the card must have compute capability 8.0 or more, got {major}.{minor}"
-    for name, size in zip(("out_features", "in_features"), shape, strict=True):
+    for name, size in zip(("out_features", "in_features"), packed.shape, strict=True):
         if size == 0 or size % SPARSE_MULTIPLE:
             return f"{name} must be a positive multiple of {SPARSE_MULTIPLE}, got {size}"
     return None
@@ -110,47 +102,20 @@ def dense(operands: tuple[Tensor, ...], out_features: int, in_features: int) -> 
     return weight
 
 
-def _linear(x: Tensor, compressed: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> Tensor:
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(f"x must end with in_features = {in_features}, got shape {list(x.shape)}")
-    for name, tensor in (("x", x), ("bias", bias)):
-        if tensor is not None and (tensor.dtype, tensor.device) != (compressed.dtype, compressed.device):
-            raise ValueError(
-                f"{name} must be {compressed.dtype} on {compressed.device} as the weight is, "
-                f"got {tensor.dtype} on {tensor.device}"
-            )
+def _multiply(
+    x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, out_features: int, in_features: int
+) -> Tensor:
     flat = x.reshape(-1, in_features)
     if len(flat) == 0:
         return x.new_empty(*x.shape[:-1], out_features)
     # a launch goes to the current device
     with torch.cuda.device_of(x):
-        return multiply(flat, compressed, bias).view(*x.shape[:-1], out_features)
+        return multiply(flat, *operands, bias).view(*x.shape[:-1], out_features)
 
 
-def _fake(x: Tensor, compressed: Tensor, bias: Tensor | None, out_features: int, in_features: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out_features)
-
-
-def _keep(ctx, inputs: tuple, output: Tensor) -> None:
-    _, compressed, _, *ctx.sizes = inputs
-    ctx.save_for_backward(compressed)
-
-
-def _backward(ctx, g: Tensor) -> tuple:
-    gx = g @ dense(ctx.saved_tensors, *ctx.sizes) if ctx.needs_input_grad[0] else None
-    gb = g.sum_to_size(g.shape[-1]) if ctx.needs_input_grad[2] else None
-    return gx, None, gb, None, None
-
-
-_LIBRARY = torch.library.Library("sparsekern", "FRAGMENT")
-_LIBRARY.define(
-    "linear_24_cusparselt(Tensor x, Tensor compressed, Tensor? bias, int out_features, int in_features) -> Tensor"
-)
-_LIBRARY.impl("linear_24_cusparselt", _linear, "CUDA")
-torch.library.register_fake("sparsekern::linear_24_cusparselt", _fake, lib=_LIBRARY)
-torch.library.register_autograd("sparsekern::linear_24_cusparselt", _backward, setup_context=_keep, lib=_LIBRARY)
+_LINEAR = CudaLinear("linear_24_cusparselt", ("compressed",), "compressed", _multiply, dense)
 
 
 def run(x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, out_features: int, in_features: int) -> Tensor:
     """y [..., out_features] by the library, from what `prepare` has made."""
-    return torch.ops.sparsekern.linear_24_cusparselt(x, *operands, bias, out_features, in_features)
+    return _LINEAR.run(x, operands, bias, out_features, in_features)

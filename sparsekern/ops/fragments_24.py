@@ -24,17 +24,17 @@ from torch.nn.functional import pad
 
 from sparsekern.formats.semi_structured import SemiStructured
 from sparsekern.ops import compiled
-from sparsekern.ops.kernel import Kernel, never_refuses, pick
+from sparsekern.ops.kernel import Kernel, device_refuses, never_refuses, pick
 
 PANEL_ROWS = 16
 CHUNK_INPUTS = 256
+DTYPES = (torch.bfloat16, torch.float16)
 
 _LANES = 32
 _TILES = 8  # a chunk
 _FRAGMENT = 8  # values of a lane's fragment of a tile
 # positions 0 and 1 in each of a word's four groups, as SemiStructured.pack leaves groups without inputs
 _EMPTY_WORD = 0x4444
-_DTYPES = (torch.bfloat16, torch.float16)
 
 Fragments = tuple[Tensor, Tensor]
 
@@ -115,32 +115,21 @@ def _cuda_refuses(packed: SemiStructured) -> str | None:
 
 
 def _refuses(values: Tensor) -> str | None:
-    if values.device.type != "cuda":
-        return f"the weight must be on a CUDA device, got {values.device}"
-    if values.dtype not in _DTYPES:
-        return f"the weight must be bfloat16 or float16, got {values.dtype}"
-    return compiled.why_not("cuda")
+    return device_refuses(values, "cuda", DTYPES) or compiled.why_not("cuda")
 
 
 def _fragments(values: Tensor, metadata: Tensor, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
     fragments, ordered, status = _fragments_fake(values, metadata, in_features)
-    # a launch goes to the current device
-    with torch.cuda.device(values.device):
-        compiled.cuda().fragments_24(
-            values=values.data_ptr(),
-            values_size=values.numel(),
-            metadata=metadata.data_ptr(),
-            metadata_size=metadata.numel(),
-            fragments=fragments.data_ptr(),
-            fragments_size=fragments.numel(),
-            ordered=ordered.data_ptr(),
-            ordered_size=ordered.numel(),
-            status=status.data_ptr(),
-            status_size=status.numel(),
-            out_features=len(values),
-            in_features=in_features,
-            stream=torch.cuda.current_stream().cuda_stream,
-        )
+    compiled.launch(
+        compiled.cuda().fragments_24,
+        values=values,
+        metadata=metadata,
+        fragments=fragments,
+        ordered=ordered,
+        status=status,
+        out_features=len(values),
+        in_features=in_features,
+    )
     return fragments, ordered, status
 
 
@@ -155,18 +144,14 @@ def _fragments_fake(values: Tensor, metadata: Tensor, in_features: int) -> tuple
 
 def _dense(fragments: Tensor, ordered: Tensor, out_features: int, in_features: int) -> Tensor:
     dense = fragments.new_empty(out_features, in_features)
-    with torch.cuda.device(fragments.device):
-        compiled.cuda().fragments_24_to_dense(
-            fragments=fragments.data_ptr(),
-            fragments_size=fragments.numel(),
-            ordered=ordered.data_ptr(),
-            ordered_size=ordered.numel(),
-            dense=dense.data_ptr(),
-            dense_size=dense.numel(),
-            out_features=out_features,
-            in_features=in_features,
-            stream=torch.cuda.current_stream().cuda_stream,
-        )
+    compiled.launch(
+        compiled.cuda().fragments_24_to_dense,
+        fragments=fragments,
+        ordered=ordered,
+        dense=dense,
+        out_features=out_features,
+        in_features=in_features,
+    )
     return dense
 
 

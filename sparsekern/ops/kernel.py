@@ -1,8 +1,10 @@
 """Kernel: one implementation of an op; pick() is the only dispatch in the project."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,18 @@ class Kernel:
 
 def never_refuses(*_: Any) -> None:
     """The `refuses` of a kernel that serves everything: a function with a name, so that its kernel can be pickled."""
+
+
+def device_refuses(weight: Any, device: str, dtypes: Iterable[torch.dtype]) -> str | None:
+    """Why no kernel for a device, "cpu" or "cuda", and `dtypes` can serve a weight, packed or not; None: one may."""
+    if weight.device.type != device:
+        return f"the weight must be on {'the CPU' if device == 'cpu' else 'a CUDA device'}, got {weight.device}"
+    if weight.dtype not in dtypes:
+        *names, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return f"the weight must be {' or '.join([', '.join(names), last] if names else [last])}, got {weight.dtype}"
+    if device == "cuda" and (capability := torch.cuda.get_device_capability(weight.device)) < (8, 0):
+        return "the card must have compute capability 8.0 or more, got {}.{}".format(*capability)
+    return None
 
 
 def pick(kernels: tuple[Kernel, ...], *args: Any) -> Kernel:

@@ -23,16 +23,14 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from sparsekern.formats import SemiStructured
-from sparsekern.formats.bitmap import Bitmap
+from sparsekern.formats.bitmap import DTYPES, Bitmap
 from sparsekern.ops import bitmap_rows, compiled, linear_bitmap_fragments, linear_call
 from sparsekern.ops.bitmap_panels import PANEL_ROWS, addresses, from_panels, to_panels
-from sparsekern.ops.kernel import Kernel, never_refuses
-from sparsekern.ops.linear_call import check_product
+from sparsekern.ops.kernel import Kernel, device_refuses, never_refuses
+from sparsekern.ops.linear_call import CUDA_NAMES, check_product, laid_out
 
 Packed = Bitmap | SemiStructured
 
-_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-_CUDA_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # measured on Zen 5, 4096 x 4096 at 50 %: torch's product of bfloat16, the expansion with it, overtakes kernels without
 # instructions for bfloat16 between 192 and 200 tokens. At 2048 tokens of float32 the sparse kernel was 3.2 times as
 # fast on AVX-512 and 1.1 times on AVX2, of float16 9.6 times: what is here is for plain C++, not measured
@@ -147,73 +145,43 @@ def run_cpu(
 
 def cpu_refuses(packed: Packed) -> str | None:
     """Why run_cpu cannot serve a weight, in whatever format it is saved; None: it can."""
-    if packed.device.type != "cpu":
-        return f"the weight must be on the CPU, got {packed.device}"
-    if packed.dtype not in _NAMES:
-        return f"the weight must be bfloat16, float16 or float32, got {packed.dtype}"
-    return compiled.why_not("cpu")
+    return device_refuses(packed, "cpu", DTYPES) or compiled.why_not("cpu")
 
 
-def _linear_bitmap_cuda(
-    x: Tensor, values: Tensor, bitmap: Tensor, row_offsets: Tensor, bias: Tensor | None, in_features: int
+def dense_cuda(operands: tuple[Tensor, ...], out_features: int, in_features: int) -> Tensor:
+    """The dense weight of the tensors of a Bitmap, which were checked when they were prepared, by a CUDA kernel."""
+    return torch.ops.sparsekern.bitmap_to_dense(*operands, in_features)[0]
+
+
+def _multiply_cuda(
+    x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, out_features: int, in_features: int
 ) -> Tensor:
-    check_product(x, values, bias, in_features)
-    packed = Bitmap(values, bitmap, row_offsets, in_features)
-    tokens, out_features = x.shape[:-1].numel(), packed.shape[0]
+    tokens, (values, bitmap, row_offsets) = x.shape[:-1].numel(), operands
     if tokens >= _CUDA_DENSE_TOKENS:
-        return reference(x, packed, bias)
-    x, y = x.contiguous(), x.new_empty(*x.shape[:-1], out_features)
-    bias = None if bias is None else bias.contiguous()
-    multiply = getattr(compiled.cuda(), f"linear_bitmap_{_CUDA_NAMES[values.dtype]}")
-    # a launch goes to the current device
-    with torch.cuda.device(x.device):
-        multiply(
-            x=x.data_ptr(),
-            x_size=x.numel(),
-            values=values.data_ptr(),
-            bitmap=bitmap.data_ptr(),
-            bitmap_size=bitmap.numel(),
-            row_offsets=row_offsets.data_ptr(),
-            row_offsets_size=row_offsets.numel(),
-            bias=0 if bias is None else bias.data_ptr(),
-            bias_size=0 if bias is None else bias.numel(),
-            y=y.data_ptr(),
-            y_size=y.numel(),
-            tokens=tokens,
-            in_features=in_features,
-            stream=torch.cuda.current_stream().cuda_stream,
-        )
+        return _by_dense(x, operands, bias, out_features, in_features)
+    x, bias, y = laid_out(x, bias, out_features)
+    compiled.launch(
+        getattr(compiled.cuda(), f"linear_bitmap_{CUDA_NAMES[x.dtype]}"),
+        x=x,
+        values=values.data_ptr(),
+        bitmap=bitmap,
+        row_offsets=row_offsets,
+        bias=bias,
+        y=y,
+        tokens=tokens,
+        in_features=in_features,
+    )
     return y
 
 
-def _linear_bitmap_cuda_fake(
-    x: Tensor, values: Tensor, bitmap: Tensor, row_offsets: Tensor, bias: Tensor | None, in_features: int
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], row_offsets.shape[0] - 1)
-
-
-_LIBRARY = torch.library.Library("sparsekern", "FRAGMENT")
-_LIBRARY.define(
-    "linear_bitmap_cuda(Tensor x, Tensor values, Tensor bitmap, Tensor row_offsets, Tensor? bias, int in_features) "
-    "-> Tensor"
-)
-_LIBRARY.impl("linear_bitmap_cuda", _linear_bitmap_cuda, "CUDA")
-torch.library.register_fake("sparsekern::linear_bitmap_cuda", _linear_bitmap_cuda_fake, lib=_LIBRARY)
-
-
-def _keep_cuda(ctx, inputs: tuple, output: Tensor) -> None:
-    _, *operands, _, ctx.in_features = inputs
-    ctx.save_for_backward(*operands)
-
-
-def _backward_cuda(ctx, g: Tensor) -> tuple:
-    gx = g @ Bitmap(*ctx.saved_tensors, ctx.in_features).to_dense() if ctx.needs_input_grad[0] else None
-    gb = g.sum_to_size(g.shape[-1]) if ctx.needs_input_grad[4] else None
-    return gx, None, None, None, gb, None
-
-
-torch.library.register_autograd(
-    "sparsekern::linear_bitmap_cuda", _backward_cuda, setup_context=_keep_cuda, lib=_LIBRARY
+_by_dense = linear_call.through(dense_cuda)
+_CUDA = linear_call.CudaLinear(
+    "linear_bitmap_cuda",
+    ("values", "bitmap", "row_offsets"),
+    "values",
+    _multiply_cuda,
+    dense_cuda,
+    rows_of=lambda operands: operands[2].shape[0] - 1,
 )
 
 
@@ -221,19 +189,12 @@ def run_cuda(
     x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, out_features: int, in_features: int
 ) -> Tensor:
     """y [..., out_features] by the CUDA kernel, from the tensors of a Bitmap."""
-    return torch.ops.sparsekern.linear_bitmap_cuda(x, *operands, bias, in_features)
+    return _CUDA.run(x, operands, bias, out_features, in_features)
 
 
 def cuda_refuses(packed: Packed) -> str | None:
     """Why run_cuda cannot serve a weight, in whatever format it is saved; None: it can."""
-    if packed.device.type != "cuda":
-        return f"the weight must be on a CUDA device, got {packed.device}"
-    if packed.dtype not in _CUDA_NAMES:
-        return f"the weight must be bfloat16, float16 or float32, got {packed.dtype}"
-    major, minor = torch.cuda.get_device_capability(packed.device)
-    if major < 8:
-        return f"the card must have compute capability 8.0 or more, got {major}.{minor}"
-    return compiled.why_not("cuda")
+    return device_refuses(packed, "cuda", DTYPES) or compiled.why_not("cuda")
 
 
 def _as_saved(packed: Bitmap) -> tuple[Tensor, ...]:
@@ -248,11 +209,6 @@ def _from_saved(operands: tuple[Tensor, ...], out_features: int, in_features: in
 def dense_from_saved(operands: tuple[Tensor, ...], out_features: int, in_features: int) -> Tensor:
     """The dense weight of the tensors of a Bitmap."""
     return Bitmap(*operands, in_features).to_dense()
-
-
-def dense_cuda(operands: tuple[Tensor, ...], out_features: int, in_features: int) -> Tensor:
-    """The same by a CUDA kernel, which reads each byte once; what they say was checked when they were prepared."""
-    return torch.ops.sparsekern.bitmap_to_dense(*operands, in_features)[0]
 
 
 def _run_reference(

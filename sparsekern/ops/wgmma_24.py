@@ -21,6 +21,8 @@ from torch.nn.functional import pad
 
 from sparsekern.formats import SemiStructured
 from sparsekern.ops import compiled
+from sparsekern.ops.kernel import device_refuses
+from sparsekern.ops.linear_call import CudaLinear, laid_out
 
 ATOM_ROWS = 64
 ATOM_INPUTS = 128
@@ -33,10 +35,8 @@ _EMPTY_WORD = 0x4444
 
 def refuses(packed: SemiStructured) -> str | None:
     """Why this kernel cannot serve a weight; None: it can."""
-    if packed.device.type != "cuda":
-        return f"the weight must be on a CUDA device, got {packed.device}"
-    if packed.dtype != torch.bfloat16:
-        return f"the weight must be bfloat16, got {packed.dtype}"
+    if reason := device_refuses(packed, "cuda", (torch.bfloat16,)):
+        return reason
     capability = torch.cuda.get_device_capability(packed.device)
     if capability != (9, 0):
         return f"the card must have compute capability 9.0, got {capability[0]}.{capability[1]}"
@@ -84,68 +84,29 @@ def _aligned(x: Tensor) -> Tensor:
     return x.clone() if x.data_ptr() % _ALIGNMENT_BYTES else x
 
 
-def _linear(
-    x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, out_features: int, in_features: int
+def _multiply(
+    x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, out_features: int, in_features: int
 ) -> Tensor:
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(f"x must end with in_features = {in_features}, got shape {list(x.shape)}")
-    for name, tensor in (("x", x), ("bias", bias)):
-        if tensor is not None and (tensor.dtype, tensor.device) != (values.dtype, values.device):
-            raise ValueError(
-                f"{name} must be {values.dtype} on {values.device} as the weight is, "
-                f"got {tensor.dtype} on {tensor.device}"
-            )
-    x, values, metadata = _aligned(x), _aligned(values), _aligned(metadata)
-    bias = None if bias is None else _aligned(bias)
-    y = x.new_empty(*x.shape[:-1], out_features)
-    # a launch goes to the current device
-    with torch.cuda.device(x.device):
-        compiled.wgmma().linear_24_bf16(
-            x=x.data_ptr(),
-            x_size=x.numel(),
-            values=values.data_ptr(),
-            values_size=values.numel(),
-            metadata=metadata.data_ptr(),
-            metadata_bytes=metadata.nbytes,
-            bias=0 if bias is None else bias.data_ptr(),
-            bias_size=0 if bias is None else bias.numel(),
-            y=y.data_ptr(),
-            y_size=y.numel(),
-            tokens=x.shape[:-1].numel(),
-            out_features=out_features,
-            in_features=in_features,
-            stream=torch.cuda.current_stream().cuda_stream,
-        )
+    x, bias, y = laid_out(x, bias, out_features)
+    values, metadata = map(_aligned, operands)
+    compiled.launch(
+        compiled.wgmma().linear_24_bf16,
+        x=_aligned(x),
+        values=values,
+        metadata=metadata.data_ptr(),
+        metadata_bytes=metadata.nbytes,
+        bias=None if bias is None else _aligned(bias),
+        y=y,
+        tokens=x.shape[:-1].numel(),
+        out_features=out_features,
+        in_features=in_features,
+    )
     return y
 
 
-def _fake(
-    x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, out_features: int, in_features: int
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out_features)
-
-
-def _keep(ctx, inputs: tuple, output: Tensor) -> None:
-    _, values, metadata, _, *ctx.sizes = inputs
-    ctx.save_for_backward(values, metadata)
-
-
-def _backward(ctx, g: Tensor) -> tuple:
-    gx = g @ dense(ctx.saved_tensors, *ctx.sizes) if ctx.needs_input_grad[0] else None
-    gb = g.sum_to_size(g.shape[-1]) if ctx.needs_input_grad[3] else None
-    return gx, None, None, gb, None, None
-
-
-_LIBRARY = torch.library.Library("sparsekern", "FRAGMENT")
-_LIBRARY.define(
-    "linear_24_wgmma(Tensor x, Tensor values, Tensor metadata, Tensor? bias, int out_features, int in_features) "
-    "-> Tensor"
-)
-_LIBRARY.impl("linear_24_wgmma", _linear, "CUDA")
-torch.library.register_fake("sparsekern::linear_24_wgmma", _fake, lib=_LIBRARY)
-torch.library.register_autograd("sparsekern::linear_24_wgmma", _backward, setup_context=_keep, lib=_LIBRARY)
+_LINEAR = CudaLinear("linear_24_wgmma", ("values", "metadata"), "values", _multiply, dense)
 
 
 def run(x: Tensor, operands: tuple[Tensor, ...], bias: Tensor | None, out_features: int, in_features: int) -> Tensor:
     """y [..., out_features] by wgmma.sp, from what `prepare` has made."""
-    return torch.ops.sparsekern.linear_24_wgmma(x, *operands, bias, out_features, in_features)
+    return _LINEAR.run(x, operands, bias, out_features, in_features)

@@ -45,6 +45,7 @@ def emulated(packing_program, monkeypatch):
     monkeypatch.setattr(compiled, "cuda", lambda: module)
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=5))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda card: 5, raising=False)
     monkeypatch.setattr(pack_24, "_to_dense_refuses", lambda packed: None)
     monkeypatch.setattr(fragments_24, "_refuses", lambda values: None)
     library = torch.library.Library("sparsekern", "IMPL")

@@ -1,6 +1,5 @@
 """A launch that fails is a Python error with the op, the rule and the remedy: by the binding, emulated, on a card."""
 
-import contextlib
 import types
 
 import pytest
@@ -43,7 +42,7 @@ def test_without_a_driver_or_a_card_the_error_says_what_to_do(module):
         module.linear_24_workspace(1, 16, 256)
 
 
-def test_an_emulated_launch_that_fails_reaches_the_caller_of_the_op(tmp_path, monkeypatch):
+def test_an_emulated_launch_that_fails_reaches_the_caller_of_the_op(tmp_path, on_no_card, monkeypatch):
     """The op is made to ask for more tokens than the launcher takes."""
     program = build(tmp_path, "linear_24.cpp", "linear_24.cu")
     weight = torch.randn(7, 36).bfloat16()
@@ -59,10 +58,8 @@ def test_an_emulated_launch_that_fails_reaches_the_caller_of_the_op(tmp_path, mo
     stand_in = types.SimpleNamespace(linear_24_workspace=lambda *_: 0, linear_24_bf16=launch)
     monkeypatch.setattr(compiled, "cuda", lambda: stand_in)
     monkeypatch.setattr(linear_24, "_DECODE_TOKENS", 65)
-    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=5))
     with pytest.raises(RuntimeError) as raised:
-        linear_24._linear_24_cuda(x, *operands, None, 7, 36)
+        linear_24.run_cuda(x, operands, None, 7, 36)
     assert str(raised.value) == f"linear_24: the launch failed with cudaErrorInvalidValue, invalid argument: {REMEDY}"
 
 

@@ -1,6 +1,5 @@
 """csrc/cuda/linear_24_prefill.cu without a card: every line runs on the CPU, and nvcc compiles it without spills."""
 
-import contextlib
 import ctypes
 import re
 import shutil
@@ -110,7 +109,9 @@ def test_more_inputs_than_an_offset_holds_are_refused_before_anything_is_read(on
 
 
 @pytest.mark.parametrize("leading", [(65,), (3, 5, 5)], ids=str)
-def test_above_64_tokens_the_op_hands_the_kernel_the_right_addresses_and_sizes(on_host, leading, monkeypatch):
+def test_above_64_tokens_the_op_hands_the_kernel_the_right_addresses_and_sizes(
+    on_host, on_no_card, leading, monkeypatch
+):
     """The emulated kernel gets what the binding would get, and writes y where it is told."""
     tokens = torch.Size(leading).numel()
     x, weight, bias = problem(tokens, 7, 36, torch.bfloat16)
@@ -130,9 +131,7 @@ def test_above_64_tokens_the_op_hands_the_kernel_the_right_addresses_and_sizes(o
 
     built = compiled.cuda()
     monkeypatch.setattr(compiled, "cuda", lambda: types.SimpleNamespace(linear_24_prefill_bf16=multiply))
-    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=5))
-    y = linear_24._linear_24_cuda(x.view(*leading, 36), *operands, bias, 7, 36)
+    y = linear_24.run_cuda(x.view(*leading, 36), operands, bias, 7, 36)
     assert y.shape == (*leading, 7)
     assert_right(y.view(tokens, 7), x, weight, bias)
 

@@ -1,6 +1,5 @@
 """csrc/cuda/linear_bitmap_fragments.cu and bitmap_fragments.cu without a card: every line runs on the CPU."""
 
-import contextlib
 import ctypes
 import re
 import types
@@ -133,7 +132,7 @@ def test_the_expansion_is_the_dense_weight(on_host, out_features, in_features, d
 
 
 @pytest.mark.parametrize("leading", [(1,), (2, 3), ()], ids=str)
-def test_the_op_hands_the_kernel_the_right_addresses_and_sizes(on_host, leading, monkeypatch):
+def test_the_op_hands_the_kernel_the_right_addresses_and_sizes(on_host, on_no_card, leading, monkeypatch):
     """The emulated kernel gets what the binding would get, and writes y where it is told."""
     weight = problem(7, 37, 0.5)
     x, bias = torch.randn(*leading, 37).bfloat16(), torch.randn(7).bfloat16()
@@ -157,9 +156,7 @@ def test_the_op_hands_the_kernel_the_right_addresses_and_sizes(on_host, leading,
         linear_bitmap_fragments_bf16=multiply, linear_bitmap_fragments_workspace=lambda *sizes: 24
     )
     monkeypatch.setattr(compiled, "cuda", lambda: module)
-    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=5))
-    y = linear_bitmap_fragments._cuda(x, *operands, bias, 7, 37)
+    y = linear_bitmap_fragments.run(x, operands, bias, 7, 37)
     torch.testing.assert_close(y, linear_bitmap_fragments.reference(x, operands, bias, 7, 37), rtol=1e-2, atol=1e-2)
 
 

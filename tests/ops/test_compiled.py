@@ -6,9 +6,11 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparsekern.ops import compiled
 
@@ -166,3 +168,27 @@ print("served by the reference ops:", len(report.swapped))
 
 def test_with_the_compiled_modules_hidden_everything_prunes_and_runs_by_the_reference_ops():
     assert python("-c", HIDDEN, cwd=ROOT) == "served by the reference ops: 7"
+
+
+def test_a_launch_is_for_the_card_and_the_stream_of_its_tensors(monkeypatch):
+    current, given = [0], {}
+
+    class Device:
+        def __init__(self, card):
+            self.card = card
+
+        def __enter__(self):
+            current.append(self.card)
+
+        def __exit__(self, *_):
+            current.pop()
+
+    def start(**arguments):
+        given.update(arguments, card=current[-1])
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda card: 70 + card, raising=False)
+    x = types.SimpleNamespace(data_ptr=lambda: 4096, numel=lambda: 12, get_device=lambda: 1)
+    compiled.launch(start, x=x, bias=None, tokens=3)
+    assert given == {"x": 4096, "x_size": 12, "bias": 0, "bias_size": 0, "tokens": 3, "stream": 71, "card": 1}
+    assert current == [0]

@@ -1,5 +1,7 @@
 """cusparselt: what torch's door to the library is given, with a stand-in for the library on the CPU; and on a card."""
 
+import types
+
 import pytest
 import torch
 
@@ -57,25 +59,25 @@ def library(monkeypatch):
 
 @pytest.mark.parametrize("tokens", [0, 1, 8, 13])
 @pytest.mark.parametrize("dtype", cusparselt.DTYPES, ids=str)
-def test_the_product_is_that_of_the_dense_weight(library, tokens, dtype):
+def test_the_product_is_that_of_the_dense_weight(library, on_no_card, tokens, dtype):
     weight, bias = problem(48, 80, dtype)
     (compressed,) = cusparselt.prepare(SemiStructured.pack(weight))
     for x in (torch.randn(tokens, 80).to(dtype), torch.randn(80, 2, tokens).to(dtype).permute(1, 2, 0)):
         for b in (bias, None):
-            y = cusparselt._linear(x, compressed, b, 48, 80)
+            y = cusparselt.run(x, (compressed,), b, 48, 80)
             expected = x.double() @ weight.double().T + (0 if b is None else b.double())
             assert y.shape == expected.shape
             assert y.is_contiguous()
             torch.testing.assert_close(y.double(), expected, rtol=1e-2, atol=1e-2)
 
 
-def test_what_is_not_aligned_is_copied_first(library):
+def test_what_is_not_aligned_is_copied_first(library, on_no_card):
     weight, bias = problem(16, 32)
     (compressed,) = cusparselt.prepare(SemiStructured.pack(weight))
     x, shifted = torch.randn(8 * 32 + 1).bfloat16()[1:].view(8, 32), torch.cat([bias[:1], bias])[1:]
     assert x.data_ptr() % 16 == shifted.data_ptr() % 16 == 2
-    y = cusparselt._linear(x, compressed, shifted, 16, 32)
-    torch.testing.assert_close(y, cusparselt._linear(x.clone(), compressed, bias, 16, 32), rtol=0, atol=0)
+    y = cusparselt.run(x, (compressed,), shifted, 16, 32)
+    torch.testing.assert_close(y, cusparselt.run(x.clone(), (compressed,), bias, 16, 32), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("in_features", [16, 48, 2064])
@@ -105,14 +107,19 @@ def test_the_kernel_takes_the_default_algorithm_and_the_baseline_the_one_that_wa
     ("x", "said"),
     [
         (torch.zeros(2, 16).bfloat16(), "x must end with in_features = 32, got shape [2, 16]"),
-        (torch.zeros(2, 32), "x must be torch.bfloat16 on cpu as the weight is, got torch.float32 on cpu"),
+        (torch.zeros(2, 32), "x must have the weight's dtype torch.bfloat16, got torch.float32"),
     ],
     ids=["size", "dtype"],
 )
-def test_what_does_not_fit_is_refused_in_words(library, x, said):
+def test_what_does_not_fit_is_refused_in_words(library, on_no_card, x, said):
     (compressed,) = cusparselt.prepare(SemiStructured.pack(problem(16, 32)[0]))
     with pytest.raises(ValueError, match=said.replace("[", r"\[")):
-        cusparselt._linear(x, compressed, None, 16, 32)
+        cusparselt.run(x, (compressed,), None, 16, 32)
+
+
+def weight_of(dtype, shape):
+    """What is asked of a card's weight."""
+    return types.SimpleNamespace(device=torch.device("cuda:0"), dtype=dtype, shape=shape)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +136,7 @@ def test_what_does_not_fit_is_refused_in_words(library, x, said):
 def test_the_kernel_says_why_it_cannot_serve(monkeypatch, capability, dtype, shape, said):
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert cusparselt.refuses_weight(torch.device("cuda:0"), dtype, shape) == said
+    assert cusparselt.refuses(weight_of(dtype, shape)) == said
 
 
 def test_without_the_library_or_a_card_it_is_refused(monkeypatch):
@@ -137,7 +144,8 @@ def test_without_the_library_or_a_card_it_is_refused(monkeypatch):
         "the weight must be on a CUDA device, got cpu"
     )
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
-    reason = cusparselt.refuses_weight(torch.device("cuda:0"), torch.bfloat16, (16, 32))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    reason = cusparselt.refuses(weight_of(torch.bfloat16, (16, 32)))
     assert reason == f"torch {torch.__version__} brings no cuSPARSELt"
 
 

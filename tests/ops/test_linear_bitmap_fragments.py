@@ -28,18 +28,11 @@ def test_the_kernel_of_a_card_is_one_of_linear_bitmap_and_says_why_it_cannot_ser
     assert KERNELS["cuda"].refuses(packed) == "the weight must be on a CUDA device, got cpu"
 
 
-def test_the_fake_kernel_knows_the_shape():
-    operands = [t.to("meta") for t in bitmap_fragments.reference(Bitmap.pack(problem(7, 37, 0.5)))]
-    x = torch.empty(2, 3, 37, device="meta", dtype=torch.bfloat16)
-    for op in (torch.ops.sparsekern.linear_bitmap_fragments, torch.ops.sparsekern.linear_bitmap_expanded):
-        assert op(x, *operands, None, 7, 37).shape == (2, 3, 7)
-
-
 @pytest.mark.parametrize("leading", [(0,), (1,), (3, 5)], ids=str)
-def test_the_expansion_is_the_dense_product_and_refuses_what_does_not_fit(leading):
+def test_the_expansion_is_the_dense_product_and_refuses_what_does_not_fit(on_no_card, leading):
     weight, x = problem(37, 70, 0.5), torch.randn(*leading, 70).bfloat16()
     operands = bitmap_fragments.reference(Bitmap.pack(weight))
-    y = linear_bitmap_fragments._expanded(x, *operands, None, 37, 70)
+    y = linear_bitmap_fragments.run_expanded(x, operands, None, 37, 70)
     assert torch.equal(y, torch.nn.functional.linear(x, weight))
     with pytest.raises(ValueError, match=r"x must end with in_features = 70, got shape \[2, 69\]"):
-        linear_bitmap_fragments._expanded(x.new_zeros(2, 69), *operands, None, 37, 70)
+        linear_bitmap_fragments.run_expanded(x.new_zeros(2, 69), operands, None, 37, 70)

@@ -15,11 +15,13 @@ from sparsekern.ops import (
     linear_bitmap_index,
     linear_bitmap_int8,
     linear_bitmap_int8_index,
-    linear_call,
     linear_dense,
 )
+from sparsekern.ops.linear_call import CpuLinear, CudaLinear, through
+from tests.card_linears import CARD_LINEARS
 
 OUT, IN = 37, 72
+CPU, CARD = CpuLinear.device, CudaLinear.device
 WHY_NOT = compiled.why_not("cpu")
 FORMATS = {
     "linear_24": SemiStructured,
@@ -55,7 +57,7 @@ class Problem:
         self.operands = self.kernel.prepare(packed)
         self.dense = self.kernel.dense(self.operands, OUT, IN)
         self.x, self.bias = torch.randn(3, IN).bfloat16(), torch.randn(OUT).bfloat16()
-        (self.op,) = (value for value in vars(MODULES[name]).values() if isinstance(value, linear_call.CpuLinear))
+        (self.op,) = (value for value in vars(MODULES[name]).values() if isinstance(value, CpuLinear))
         self.asked, dispatch = 0, self.op._op
 
         def counted(*arguments):
@@ -220,11 +222,13 @@ ODD = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("make", ODD.values(), ids=ODD)
 def test_what_the_dispatcher_treats_otherwise_is_not_plain(make):
-    plain, odd, cpu = torch.ones(3), make(), compiled.cpu()
-    assert cpu.are_plain(plain, (plain, plain), plain)
-    assert cpu.are_plain(plain, (), None)
+    plain, odd, are_plain = torch.ones(3), make(), compiled.cpu().are_plain
+    assert are_plain(CPU, plain, (plain, plain), plain)
+    assert are_plain(CPU, plain, (), None)
+    assert not are_plain(CARD, plain, (), None)
     for x, operands, bias in ((odd, (), None), (plain, (plain, odd), None), (plain, (), odd)):
-        assert not cpu.are_plain(x, operands, bias)
+        assert not are_plain(CPU, x, operands, bias)
+        assert not are_plain(CARD, x, operands, bias)
 
 
 @pytest.mark.parametrize("who", ["x", "bias"])
@@ -299,3 +303,91 @@ def test_errors_are_the_same_on_both_ways(problem, tokens):
     for wrong_x, wrong_bias in ((x[:, 1:], bias), (x.double(), bias), (x, bias.double()), (x, bias[1:])):
         short = words(problem.kernel.run, wrong_x, problem.operands, wrong_bias, OUT, IN)
         assert short == words(problem.dispatch, wrong_x, *problem.operands, wrong_bias, OUT, IN)
+
+
+# what a saved graph holds of the ops of a card
+SCHEMAS = {
+    "linear_24_cuda": "Tensor values, Tensor metadata, Tensor? bias, int out_features, int in_features",
+    "linear_24_expanded": "Tensor values, Tensor metadata, Tensor? bias, int out_features, int in_features",
+    "linear_24_wgmma": "Tensor values, Tensor metadata, Tensor? bias, int out_features, int in_features",
+    "linear_24_cusparselt": "Tensor compressed, Tensor? bias, int out_features, int in_features",
+    "linear_bitmap_fragments": "Tensor masks, Tensor cells, Tensor quad_rows, Tensor capacity, Tensor? bias, "
+    "int out_features, int in_features",
+    "linear_bitmap_expanded": "Tensor masks, Tensor cells, Tensor quad_rows, Tensor capacity, Tensor? bias, "
+    "int out_features, int in_features",
+    "linear_bitmap_cuda": "Tensor values, Tensor bitmap, Tensor row_offsets, Tensor? bias, int in_features",
+}
+
+
+class OfACard:
+    """One op of a card with tensors of the CPU; what multiplies and expands is torch, with the weight as an operand."""
+
+    def __init__(self, name, monkeypatch):
+        torch.manual_seed(0)
+        self.op = CARD_LINEARS[name]
+        self.dense = torch.randn(OUT, IN).bfloat16()
+        self.x, self.bias = torch.randn(3, IN).bfloat16(), torch.randn(OUT).bfloat16()
+        operands = [torch.zeros(OUT + 1, dtype=torch.int32) for _ in range(self.op._count)]
+        operands[self.op._kind] = self.dense
+        self.operands = tuple(operands)
+        monkeypatch.setattr(self.op, "_dense", lambda operands, *sizes: operands[self.op._kind].clone())
+        monkeypatch.setattr(self.op, "_multiply", through(self.op._dense))
+
+    def run(self, x=None, bias=None):
+        bias = self.bias if bias is None else bias
+        return self.op.run(self.x if x is None else x, self.operands, bias, OUT, IN)
+
+
+@pytest.fixture(params=SCHEMAS)
+def of_a_card(request, on_no_card, monkeypatch):
+    return OfACard(request.param, monkeypatch)
+
+
+def test_the_ops_of_a_card_are_these():
+    found = {name: str(op._op._schema) for name, op in CARD_LINEARS.items()}
+    assert found == {name: f"sparsekern::{name}(Tensor x, {rest}) -> Tensor" for name, rest in SCHEMAS.items()}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_ops_of_a_card_are_registered_as_torch_wants_them(of_a_card):
+    op, sizes = of_a_card.op._op, (OUT, IN)[-of_a_card.op._sizes :]
+    x, bias = of_a_card.x.clone().requires_grad_(), of_a_card.bias.clone().requires_grad_()
+    for arguments in ((of_a_card.x, of_a_card.bias), (of_a_card.x[None], None), (x, bias)):
+        torch.library.opcheck(op, (arguments[0], *of_a_card.operands, arguments[1], *sizes))
+
+
+@pytest.mark.parametrize("leading", [(), (5,), (2, 3), (0,)], ids=str)
+def test_on_a_card_x_and_the_bias_have_the_gradients_of_the_dense_product(of_a_card, leading):
+    x, g = torch.randn(*leading, IN).bfloat16().requires_grad_(), torch.randn(*leading, OUT).bfloat16()
+    bias = of_a_card.bias.clone().requires_grad_()
+    got = torch.autograd.grad(of_a_card.run(x, bias), (x, bias), g)
+    torch.testing.assert_close(got, torch.autograd.grad(linear(x, of_a_card.dense, bias), (x, bias), g))
+
+
+def test_a_compiled_graph_holds_the_op_of_a_card(of_a_card):
+    layer = torch.compile(lambda x: of_a_card.run(x).relu(), fullgraph=True, backend="aot_eager")
+    assert torch.equal(layer(of_a_card.x), of_a_card.run().relu())
+
+
+def test_what_does_not_fit_the_weight_is_refused_before_a_launch(of_a_card):
+    def words(x, bias):
+        with pytest.raises(ValueError, match="must") as caught:
+            of_a_card.op._product(x, of_a_card.operands, bias, OUT, IN)
+        return str(caught.value)
+
+    x, bias = of_a_card.x, of_a_card.bias
+    assert words(x[:, 1:], bias) == f"x must end with in_features = {IN}, got shape [3, {IN - 1}]"
+    assert words(x[0, 0], bias) == f"x must end with in_features = {IN}, got shape []"
+    assert words(x.half(), bias) == "x must have the weight's dtype torch.bfloat16, got torch.float16"
+    assert words(x, bias.float()) == "bias must have the weight's dtype torch.bfloat16, got torch.float32"
+    assert words(x.to("meta"), bias) == "x must be on the weight's device cpu, got meta"
+    assert words(x, bias.to("meta")) == "bias must be on the weight's device cpu, got meta"
+
+
+def test_the_dispatcher_is_passed_on_a_card_too_where_it_would_add_nothing(of_a_card, monkeypatch):
+    monkeypatch.setattr(CudaLinear, "device", CPU)
+    expected = of_a_card.op._op(of_a_card.x, *of_a_card.operands, of_a_card.bias, *(OUT, IN)[-of_a_card.op._sizes :])
+    monkeypatch.setattr(of_a_card.op, "_op", None)
+    assert torch.equal(of_a_card.run(), expected)
+    with pytest.raises(TypeError, match="not callable"):
+        of_a_card.run(of_a_card.x.clone().requires_grad_())

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import types
@@ -90,26 +91,30 @@ def test_operands_of_another_weight_are_refused():
         wgmma_24.restore(wgmma_24.prepare(packed(8, 16)), *SHAPE)
 
 
-def test_x_of_another_size_or_dtype_is_refused_in_words():
+def test_x_of_another_size_or_dtype_is_refused_in_words(on_no_card):
     operands = wgmma_24.prepare(packed(8, 16))
     with pytest.raises(ValueError, match=r"x must end with in_features = 16, got shape \[2, 15\]"):
-        wgmma_24._linear(torch.zeros(2, 15).bfloat16(), *operands, None, 8, 16)
-    with pytest.raises(ValueError, match="x must be torch.bfloat16 on cpu as the weight is, got torch.float32 on cpu"):
-        wgmma_24._linear(torch.zeros(2, 16), *operands, None, 8, 16)
+        wgmma_24.run(torch.zeros(2, 15).bfloat16(), operands, None, 8, 16)
+    with pytest.raises(ValueError, match="x must have the weight's dtype torch.bfloat16, got torch.float32"):
+        wgmma_24.run(torch.zeros(2, 16), operands, None, 8, 16)
 
 
-def test_the_fake_kernel_and_the_gradient_know_the_shape():
-    saved = packed(8, 16)
-    operands = wgmma_24.prepare(saved)
-    x = torch.empty(2, 3, 16, device="meta", dtype=torch.bfloat16)
-    y = torch.ops.sparsekern.linear_24_wgmma(x, *(t.to("meta") for t in operands), None, 8, 16)
-    assert y.shape == (2, 3, 8)
-    needed = (True, False, False, True, False, False)
-    ctx = types.SimpleNamespace(saved_tensors=operands, sizes=(8, 16), needs_input_grad=needed)
-    g = torch.randn(3, 8).bfloat16()
-    gx, _, _, gb, _, _ = wgmma_24._backward(ctx, g)
-    assert torch.equal(gx, g @ saved.to_dense())
-    assert torch.equal(gb, g.sum(0))
+@pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "not aligned"])
+def test_the_kernel_is_given_the_addresses_and_sizes_of_aligned_memory(on_no_card, monkeypatch, shift):
+    operands = wgmma_24.prepare(packed(8, 16))
+    x, bias = torch.randn(6 * 16 + shift).bfloat16()[shift:].view(2, 3, 16), torch.randn(8 + shift).bfloat16()[shift:]
+    given = {}
+    built = compiled.wgmma()
+    monkeypatch.setattr(compiled, "wgmma", lambda: types.SimpleNamespace(linear_24_bf16=given.update))
+    assert wgmma_24.run(x, operands, bias, 8, 16).shape == (2, 3, 8)
+    sizes = {"x_size": 96, "values_size": 64, "metadata_bytes": 1024, "bias_size": 8, "y_size": 48, "tokens": 6}
+    sizes |= {"out_features": 8, "in_features": 16, "stream": 5}
+    assert sizes.items() <= given.items()
+    addresses = [given[name] for name in ("x", "values", "metadata", "bias", "y")]
+    assert all(address and address % 16 == 0 for address in addresses)
+    assert (x.data_ptr() in addresses, bias.data_ptr() in addresses) == (not shift, not shift)
+    if built is not None:
+        assert set(given) == set(re.findall(r"(\w+): typing", built.linear_24_bf16.__doc__))
 
 
 @pytest.fixture
