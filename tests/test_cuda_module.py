@@ -18,7 +18,9 @@ ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120")
 # file says; a kernel that is not here has room for 512 threads
 REGISTERS = {
     r"linear_24_kernel\w+Li1E": 64,
-    r"linear_24_kernel\w+Li[248]E": 128,
+    r"linear_24_kernel\w+Li2E": 80,
+    r"linear_24_kernel\w+Li4E": 88,
+    r"linear_24_kernel\w+Li8E": 104,
     r"linear_24_prefill_kernel\w+TileILi4E": 254,
     r"linear_24_prefill_kernel\w+TileILi2E\w+Lb1E": 128,
     r"linear_24_prefill_kernel\w+TileILi2E\w+Lb0E": 138,
@@ -33,8 +35,9 @@ MOST_REGISTERS = 128
 # on each. An H200 has 7.8 instructions a dense element at the full bandwidth of its memory.
 LOOPS = [
     # kernel, loop with, dense elements a thread, instructions an element, POPC an element
-    (r"linear_24_kernel\w+Li1E", "HMMA.SP", 16 * 256 / 32, 1.6, 0),
-    (r"linear_24_kernel\w+Li8E", "HMMA.SP", 16 * 256 / 32, 3.6, 0),
+    (r"linear_24_kernel\w+Li[12]E", "HMMA.SP", 16 * 256 / 32, 1.3, 0),
+    (r"linear_24_kernel\w+Li4E", "HMMA.SP", 16 * 256 / 32, 1.6, 0),
+    (r"linear_24_kernel\w+Li8E", "HMMA.SP", 16 * 256 / 32, 2.3, 0),
     # two blocks of 64 inputs; 8, 16, 32 and 64 tokens. Only what 64 tokens add is above 4
     (r"bitmap_fragments_kernel\w+Li1E", "HMMA", 16 * 128 / 32, 3.3, 0),
     (r"bitmap_fragments_kernel\w+Li2E", "HMMA", 16 * 128 / 32, 3.5, 0),
@@ -121,6 +124,20 @@ def test_no_kernel_reads_or_writes_local_memory(module, arch):
     there(module, arch)
     found = {name: kernel.count(opcode) for name, kernel in kernels(module, arch).items() for opcode in ("LDL", "STL")}
     assert {name: count for name, count in found.items() if count} == {}
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_barriers_are_those_of_whole_blocks(module, arch):
+    """A barrier whose number is in a register takes a block's 16, of 64 that a Hopper multiprocessor has."""
+    there(module, arch)
+    found = {
+        (name, each.operands.strip())
+        for name, kernel in kernels(module, arch).items()
+        for each in kernel.instructions
+        if each.opcode.startswith("BAR") and "linear_bitmap_fragments" not in name
+    }
+    assert len(found) > 10
+    assert {operands for _, operands in found} == {"0x0"}
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])

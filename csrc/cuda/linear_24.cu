@@ -8,14 +8,17 @@
 // come adds what they left in `workspace`, again in a fixed order: the same bits every time.
 //
 // x comes in chunks of 256 inputs, row by row, 16 bytes apart from a multiple of 512, where ldmatrix finds B fragments
-// without bank conflicts. It is waited for while the weight is under way. Inputs past the last one are zeros in both.
+// without bank conflicts. There is room for two: while one is multiplied the next one is on its way, so that one barrier
+// a chunk says both that it has come and that the other is free. Inputs past the last one are zeros in both. Barriers
+// are __syncthreads: of those with a number of their own a Hopper multiprocessor has 64 for all its blocks together.
 //
 // Bytes: 4608 a chunk of 4096 weights (1.125 a dense element, 0.5625 of dense bf16), read once, and 512 of x for each
-// token and warps_m chunks, from L2. Instructions at 1 token: 132 of a warp for a chunk, 1.03 of a thread for a dense
-// element, of which an H200 affords 7.8. Registers for up to 8, 16, 32 and 64 tokens: 64, 76, 78 and 94 (sm_90a, nvcc
-// 13.0), so 32, 16, 16 and 16 warps on a multiprocessor at most, with 147 KB or 74 KB of weights under way, where latency x
-// bandwidth = 0.8 us x 4.3 TB/s / 132 = 26 KB. How the work is divided, division.h decides. At 64 tokens ldmatrix reads 32 KB of shared memory a chunk: 256 cycles,
-// in which memory brings 1.04 chunks; there that is the limit. All of this is counted, none of it measured.
+// token and warps_m chunks, from L2. A chunk is 8 ldmatrix and 8 mma.sp for 8 tokens, 16 instructions more for each 8
+// beyond: in all at most 156 of a warp at 1 token, 1.2 of a thread for a dense element, of which an H200 affords 7.8.
+// ldmatrix reads 4 KB for 8 tokens, 32 cycles of shared memory; memory takes some 250 for a chunk. Registers for up to 8,
+// 16, 32 and 64 tokens: 63, 74, 82 and 99 (sm_90a, nvcc 13.0), so 32, 24, 23 and 19 warps on a multiprocessor at most,
+// with 88 KB of weights under way and more, where latency x bandwidth = 0.8 us x 4.3 TB/s / 132 = 26 KB. How the work is
+// divided, division.h decides. All of this is counted, none of it measured.
 
 #include <algorithm>
 #include <cstddef>
@@ -36,7 +39,10 @@ constexpr int kResultFloats = 32 * 4;             // a warp's sums of 16 outputs
 // Warps of a block at most, and blocks of so many that a multiprocessor must have room for: 64 or 128 registers a thread.
 constexpr int kMaxWarps = 16;
 constexpr int blocks_by_bounds(int token_tiles) { return token_tiles == 1 ? 2 : 1; }
-constexpr int kRegisters = 64 * 1024;  // of a multiprocessor
+// The most registers that a thread has (tests/test_cuda_module.py), given out by eights.
+constexpr int registers_of(int token_tiles) {
+  return token_tiles == 1 ? 64 : token_tiles == 2 ? 80 : token_tiles == 4 ? 88 : 104;
+}
 
 __device__ inline float to_float(__half value) { return __half2float(value); }
 __device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
@@ -49,6 +55,7 @@ struct Work {
   int out_features, in_features, tokens, panels, chunks;
   int warps_m_log2, warps_k;
   int splits, split_chunks;  // blocks that share outputs, and chunks of each; the last have fewer
+  int stage_bytes;           // of shared memory: a chunk of x for each of warps_k
 };
 
 // What a lane holds of a chunk.
@@ -68,50 +75,40 @@ __device__ __forceinline__ void load_weights(Weights& weights, const Value* valu
   ptx::load_once(weights.metadata, metadata + chunk * kChunkWords + lane * 4);
 }
 
-// Rows first_row, first_row + row_step ... of the chunk of x that starts at `input`; a lane has a piece of each.
+// Asks for rows first_row, first_row + row_step ... of the chunk of x that starts at `input`; a lane has a piece of each.
 template <typename Value>
 __device__ __forceinline__ void copy_x(unsigned char* x_smem, const Value* x, int input, int tokens, int in_features,
                                        int first_row, int row_step, int lane) {
   input += lane * kPieceInputs;
   const int there = max(min(in_features - input, kPieceInputs), 0);
-  const Value* x_read = x + static_cast<int64_t>(first_row) * in_features + (there > 0 ? input : 0);
-  const int64_t step = static_cast<int64_t>(row_step) * in_features;
-  unsigned char* x_smem_write = x_smem + first_row * kRowBytes + lane * 16;
+  const Value* x_read = x + (there > 0 ? input : 0);
+  unsigned char* x_smem_write = x_smem + lane * 16;
   // cp.async moves 16 bytes between multiples of 16
   const bool aligned = (reinterpret_cast<uintptr_t>(x) | in_features * sizeof(Value)) % 16 == 0;
-  if (aligned) {
-#pragma unroll 1
-    for (int row = first_row; row < tokens; row += row_step) {
-      ptx::cp_async_16(x_smem_write, x_read, there * static_cast<int>(sizeof(Value)));
-      x_smem_write += row_step * kRowBytes;
-      x_read += step;
-    }
-    ptx::cp_async_commit();
-    ptx::cp_async_wait<0>();
-    return;
-  }
 #pragma unroll 1
   for (int row = first_row; row < tokens; row += row_step) {
-    const auto* from = reinterpret_cast<const uint16_t*>(x_read);
-    auto* to = reinterpret_cast<uint16_t*>(x_smem_write);
+    const Value* from = x_read + static_cast<int64_t>(row) * in_features;
+    unsigned char* to = x_smem_write + row * kRowBytes;
+    if (aligned) {
+      ptx::cp_async_16(to, from, there * static_cast<int>(sizeof(Value)));
+      continue;
+    }
 #pragma unroll 1
-    for (int i = 0; i < kPieceInputs; ++i) to[i] = i < there ? from[i] : uint16_t{0};
-    x_smem_write += row_step * kRowBytes;
-    x_read += step;
+    for (int i = 0; i < kPieceInputs; ++i) {
+      reinterpret_cast<uint16_t*>(to)[i] = i < there ? reinterpret_cast<const uint16_t*>(from)[i] : uint16_t{0};
+    }
   }
 }
 
-// sums += one tile of 16 outputs x 32 inputs times x
-template <typename Value, int kTokenTiles, int kSelector>
-__device__ __forceinline__ void multiply_tile(float (&sums)[kTokenTiles][4], const uint32_t (&values)[4],
-                                              uint32_t metadata, const unsigned char* x_smem_read, int token_tiles) {
+// sums += one tile of 16 outputs x 32 inputs times x, of kTogether tiles of tokens
+template <typename Value, int kSelector, int kTogether>
+__device__ __forceinline__ void multiply_tile(float (*sums)[4], const uint32_t (&values)[4], uint32_t metadata,
+                                              const unsigned char* x_smem_read) {
+  uint32_t x_reg[kTogether][4];
 #pragma unroll
-  for (int n = 0; n < kTokenTiles; ++n) {
-    if (n > 0 && n >= token_tiles) break;
-    uint32_t x_reg[4];
-    ptx::ldmatrix(x_reg, x_smem_read + n * (kTileTokens * kRowBytes));
-    ptx::mma_sp_m16n8k32<Value, kSelector>(sums[n], values, x_reg, metadata);
-  }
+  for (int n = 0; n < kTogether; ++n) ptx::ldmatrix(x_reg[n], x_smem_read + n * (kTileTokens * kRowBytes));
+#pragma unroll
+  for (int n = 0; n < kTogether; ++n) ptx::mma_sp_m16n8k32<Value, kSelector>(sums[n], values, x_reg[n], metadata);
 }
 
 // part(0) + part(1) + ... in this order
@@ -124,6 +121,11 @@ __device__ __forceinline__ float4 sum_of(int count, Part part) {
     sum = make_float4(sum.x + next.x, sum.y + next.y, sum.z + next.z, sum.w + next.w);
   }
   return sum;
+}
+
+// Of x in shared memory: two tiles of tokens are multiplied side by side.
+__host__ __device__ constexpr int x_rows(int tokens) {
+  return tokens <= kTileTokens ? tokens : (tokens + 2 * kTileTokens - 1) / (2 * kTileTokens) * (2 * kTileTokens);
 }
 
 template <typename Value, int kTokenTiles>
@@ -139,14 +141,13 @@ __global__ void __launch_bounds__(32 * kMaxWarps, blocks_by_bounds(kTokenTiles))
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int warps_m = 1 << work.warps_m_log2;
   const int warp_m = warp & (warps_m - 1), warp_k = warp >> work.warps_m_log2;
-  const int end = min((static_cast<int>(blockIdx.y) + 1) * work.split_chunks, work.chunks);
-  int chunk = blockIdx.y * work.split_chunks + warp_k;
+  const int begin = blockIdx.y * work.split_chunks, end = min(begin + work.split_chunks, work.chunks);
 
   // past the last panel: the last one again, never stored
   const int panel = min((static_cast<int>(blockIdx.x) << work.warps_m_log2) + warp_m, work.panels - 1);
   const int first_chunk = panel * work.chunks;  // of the panel, in the weight
   Weights weights;
-  if (chunk < end) load_weights(weights, values, metadata, first_chunk + chunk, lane);
+  if (begin + warp_k < end) load_weights(weights, values, metadata, first_chunk + begin + warp_k, lane);
   // one of the block's outputs for each of the first threads: on the way with the weight, not waited for at the end
   const int block_outputs = warps_m * static_cast<int>(kPanelRows);
   const int first_output = static_cast<int>(blockIdx.x) * block_outputs;
@@ -155,35 +156,48 @@ __global__ void __launch_bounds__(32 * kMaxWarps, blocks_by_bounds(kTokenTiles))
 
   // fewer than 8 tokens have as many rows, a lane without one reads the last; more have all rows, some never written:
   // what stands there reaches only columns that are never stored
-  const int tokens = work.tokens, token_tiles = (tokens + kTileTokens - 1) / kTileTokens;
-  const int rows = tokens < kTileTokens ? tokens : token_tiles * kTileTokens;
+  const int tokens = work.tokens, rows = x_rows(tokens);
   unsigned char* x_smem = ptx::shared_memory() + warp_k * rows * kRowBytes;
   const unsigned char* x_smem_read = x_smem + min(lane % 8, rows - 1) * kRowBytes + lane / 8 * 16;
-
-  const auto meet_slot = [&] {
-    if (warps_m == 1) {
-      __syncwarp();
-    } else {
-      ptx::barrier(1 + warp_k, 32 * warps_m);
-    }
+  const auto ask_for_x = [&](int chunk, int stage) {
+    if (chunk >= end) return;
+    copy_x(x_smem + stage, x, chunk * static_cast<int>(kChunkInputs), tokens, work.in_features, warp_m, warps_m, lane);
+    ptx::cp_async_commit();
   };
 
   float sums[kTokenTiles][4] = {};
-  while (chunk < end) {
-    copy_x(x_smem, x, chunk * static_cast<int>(kChunkInputs), tokens, work.in_features, warp_m, warps_m, lane);
-    meet_slot();
-#pragma unroll
-    for (int tile = 0; tile < kChunkTiles; tile += kSelectors) {
-      const uint32_t word = weights.metadata[tile / kSelectors];
-      const unsigned char* tile_read = x_smem_read + tile * (kTileInputs * 2);
-      multiply_tile<Value, kTokenTiles, 0>(sums, weights.values[tile], word, tile_read, token_tiles);
-      multiply_tile<Value, kTokenTiles, 1>(sums, weights.values[tile + 1], word, tile_read + kTileInputs * 2,
-                                           token_tiles);
+  // where in shared memory the x of these chunks lies, before or behind that of the next ones
+  int stage = 0;
+  ask_for_x(begin + warp_k, stage);
+  // a warp without a chunk goes along: the barrier is for all
+#pragma unroll 1
+  for (int first = begin; first < end; first += work.warps_k) {
+    ptx::cp_async_wait<0>();
+    // all x of these chunks has come, and nobody reads the other stage any more
+    if (warps_m == 1) {
+      __syncwarp();
+    } else {
+      __syncthreads();
     }
-    chunk += work.warps_k;
-    if (chunk < end) load_weights(weights, values, metadata, first_chunk + chunk, lane);
-    // x is not read any more
-    meet_slot();
+    const int next = first + work.warps_k + warp_k;
+    ask_for_x(next, work.stage_bytes - stage);
+    if (first + warp_k < end) {
+      constexpr int kTogether = kTokenTiles == 1 ? 1 : 2;
+#pragma unroll
+      for (int n = 0; n < kTokenTiles; n += kTogether) {
+        if (n > 0 && n * kTileTokens >= tokens) break;
+        const unsigned char* tokens_read = x_smem_read + stage + n * (kTileTokens * kRowBytes);
+#pragma unroll
+        for (int tile = 0; tile < kChunkTiles; tile += kSelectors) {
+          const uint32_t word = weights.metadata[tile / kSelectors];
+          const unsigned char* tile_read = tokens_read + tile * (kTileInputs * 2);
+          multiply_tile<Value, 0, kTogether>(sums + n, weights.values[tile], word, tile_read);
+          multiply_tile<Value, 1, kTogether>(sums + n, weights.values[tile + 1], word, tile_read + kTileInputs * 2);
+        }
+      }
+    }
+    if (next < end) load_weights(weights, values, metadata, first_chunk + next, lane);
+    stage = work.stage_bytes - stage;
   }
 
   // the sums of all warps: [warps_k, warps_m, kTokenTiles, 32 lanes], then the bias of the block's outputs
@@ -243,9 +257,15 @@ struct Division {
 
 constexpr int token_tiles_of(int64_t tokens) { return tokens <= 8 ? 1 : tokens <= 16 ? 2 : tokens <= 32 ? 4 : 8; }
 
-int64_t shared_bytes(const Division& division, int64_t tokens) {
-  const int64_t rows = tokens < kTileTokens ? tokens : (tokens + kTileTokens - 1) / kTileTokens * kTileTokens;
-  const int64_t x_bytes = division.warps_k * rows * kRowBytes;
+// Of a block that shares its outputs with others.
+int64_t split_chunks(const Division& division, int64_t chunks) { return (chunks + division.splits - 1) / division.splits; }
+
+int64_t stage_bytes(const Division& division, int64_t tokens) {
+  return int64_t{division.warps_k} * x_rows(static_cast<int>(tokens)) * kRowBytes;
+}
+
+int64_t shared_bytes(const Division& division, int64_t tokens, int64_t chunks) {
+  const int64_t x_bytes = (split_chunks(division, chunks) > division.warps_k ? 2 : 1) * stage_bytes(division, tokens);
   const int64_t sums_bytes = int64_t{4} * kResultFloats * division.warps() * token_tiles_of(tokens);
   const int64_t bias_bytes = (kPanelRows << division.warps_m_log2) * int64_t{4};
   return std::max(x_bytes, sums_bytes + bias_bytes);
@@ -257,8 +277,9 @@ int64_t partial_bytes(const Division& division, int64_t tokens, int64_t panels) 
   return division.splits * warps * token_tiles_of(tokens) * kResultFloats * int64_t{4};
 }
 
-// Of a warp for a chunk (tests/test_cuda_module.py): the ldmatrix and mma.sp of each further tile beside the rest.
-constexpr double instructions_of(int64_t token_tiles) { return 132 + 47.0 * (token_tiles - 1); }
+// Of a warp for a chunk: the time of as many instructions as shared memory takes for its ldmatrix, 4 KB at 128 bytes a
+// clock for each tile of tokens, in which four a clock could be issued. There are fewer (tests/test_cuda_module.py).
+constexpr double instructions_of(int64_t token_tiles) { return 128.0 * token_tiles; }
 
 // The blocks of a division, for the formula of division.h. A warp has asked for one chunk and the x of it, and goes on
 // to the next when they have come.
@@ -266,16 +287,16 @@ Blocks blocks_of(const Division& division, const Card& card, int64_t tokens, int
   constexpr double kChunkBytes = kChunkValues * 2 + kChunkWords * 4;
   const int64_t groups = division.groups(panels), count = groups * division.splits;
   const double x_bytes = static_cast<double>(tokens) * (kChunkInputs * 2);
-  const double block_chunks = static_cast<double>((chunks + division.splits - 1) / division.splits);
+  const double block_chunks = static_cast<double>(split_chunks(division, chunks));
   const double partial = 2.0 * partial_bytes(division, tokens, panels) / count;
-  const int resident = resident_blocks(card, shared_bytes(division, tokens), 32 * division.warps(),
-                                       kRegisters / (32 * kMaxWarps * blocks_by_bounds(token_tiles_of(tokens))));
+  const int resident = resident_blocks(card, shared_bytes(division, tokens, chunks), 32 * division.warps(),
+                                       registers_of(token_tiles_of(tokens)));
   return {count,
           resident,
           block_chunks * kChunkBytes * (1 << division.warps_m_log2),
           block_chunks * x_bytes + partial,
           division.warps() * kChunkBytes + division.warps_k * x_bytes,
-          block_chunks * (1 << division.warps_m_log2) * instructions_of((tokens + kTileTokens - 1) / kTileTokens),
+          block_chunks * (1 << division.warps_m_log2) * instructions_of((x_rows(static_cast<int>(tokens)) + kTileTokens - 1) / kTileTokens),
           division.warps(),
           division.splits > 1};
 }
@@ -287,7 +308,7 @@ Division best_division(const Card& card, int64_t tokens, int64_t panels, int64_t
     for (int warps_m_log2 = 0; warps_m_log2 <= 4 && int64_t{1} << warps_m_log2 <= panels; ++warps_m_log2) {
       for (int warps_k = 1; warps_k << warps_m_log2 <= kMaxWarps; warps_k *= 2) {
         const Division division{warps_m_log2, warps_k, splits};
-        if (shared_bytes(division, tokens) > card.shared_bytes_per_block) continue;
+        if (shared_bytes(division, tokens, chunks) > card.shared_bytes_per_block) continue;
         const double us = expected_us(card, blocks_of(division, card, tokens, panels, chunks));
         if (best_us >= 0.0 && us >= best_us) continue;
         best = division;
@@ -327,7 +348,8 @@ cudaError_t multiply(const Value* x, const Value* values, const uint32_t* metada
                   division.warps_m_log2,
                   division.warps_k,
                   division.splits,
-                  static_cast<int>((chunks + division.splits - 1) / division.splits)};
+                  static_cast<int>(split_chunks(division, chunks)),
+                  static_cast<int>(stage_bytes(division, tokens))};
   auto* partial = static_cast<float4*>(workspace);
   auto* arrived = reinterpret_cast<unsigned*>(static_cast<unsigned char*>(workspace) +
                                               partial_bytes(division, tokens, panels));
@@ -337,7 +359,7 @@ cudaError_t multiply(const Value* x, const Value* values, const uint32_t* metada
   }
   const auto start = [&](auto kernel) {
     return launch(kernel, dim3(static_cast<unsigned>(groups), division.splits), 32 * division.warps(),
-                  shared_bytes(division, tokens), stream, x, values, metadata, bias, y, partial, arrived, work);
+                  shared_bytes(division, tokens, chunks), stream, x, values, metadata, bias, y, partial, arrived, work);
   };
   switch (token_tiles_of(tokens)) {
     case 1: return start(linear_24_kernel<Value, 1>);
