@@ -24,8 +24,8 @@ from sparsekern.ops import LINEAR_KERNELS, keep_largest, obs_blocks, obs_sweep
 from sparsekern.ops.kernel import pick
 from sparsekern.pattern import NM
 
-# sizes that divide nothing, and one that fills whole tiles
-SHAPES = ((37, 100), (16, 32), (129, 300), (64, 512))
+# sizes that divide nothing, one that fills whole tiles, and one whose outputs blocks share
+SHAPES = ((37, 100), (16, 32), (129, 300), (64, 512), (40, 6160))
 TOKENS = (1, 3, 8, 17, 65, 130)
 DTYPES = (torch.bfloat16, torch.float16)
 

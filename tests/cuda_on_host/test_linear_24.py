@@ -14,6 +14,7 @@ from sparsekern.pattern import NM
 from tests import sass
 from tests.cuda_on_host import divisions
 from tests.cuda_on_host.emulator import ORDERS, build, launches
+from tests.on_card.subjects import SHARED
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 # of a sum rounded once to the type
@@ -225,6 +226,13 @@ def test_on_an_h200_every_multiprocessor_has_enough_of_the_weight_under_way(on_h
     chunk_bytes = 16 * 256 // 2 * 2 + 512
     registers = {1: 64, 16: 80, 64: 104}[tokens]
     divisions.assert_divided_well(on_host, 4, [tokens, *shape], registers, chunk_bytes, shape[0] * shape[1] * 9 // 8)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 40])
+def test_what_is_tried_on_two_streams_and_in_graphs_on_a_card_meets_in_a_workspace(on_host, tokens):
+    done = on_host.call("bf16", [None] * 4, [tokens, *SHARED], "counted", divisions.MULTIPROCESSORS)
+    # y, and behind it the size of the workspace
+    assert int.from_bytes(done.stdout[2 * tokens * SHARED[0] :][:8], "little") > 0
 
 
 def test_a_launch_that_is_counted_runs_nothing(on_host):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparsekern.ops import to_dense
-from tests.on_card.subjects import assert_is_linear, input_of
+from tests.on_card.subjects import SHARED, assert_is_linear, input_of
 
 TOKENS = (0, 1, 2, 3, 8, 9, 16, 17, 33, 64, 65, 130)
 
@@ -31,25 +31,25 @@ def test_the_weight_comes_back_bit_for_bit_packed_and_dense(prepared):
 
 
 def test_the_same_input_gives_the_same_bits(prepared, place, dtype):
-    _, kernel, operands = prepared(272, 1040)
+    _, kernel, operands = prepared(*SHARED)
     for tokens in (1, 8, 40):
-        x = input_of(tokens, 1040, dtype, place)
-        first = kernel.run(x, operands, None, 272, 1040)
-        assert all(torch.equal(kernel.run(x, operands, None, 272, 1040), first) for _ in range(10))
+        x = input_of(tokens, SHARED[1], dtype, place)
+        first = kernel.run(x, operands, None, *SHARED)
+        assert all(torch.equal(kernel.run(x, operands, None, *SHARED), first) for _ in range(10))
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 40])
 def test_slices_transposes_and_odd_addresses_are_read_where_they_stand(prepared, place, dtype, tokens):
-    weight, kernel, operands = prepared(272, 1040)
-    x, bias = input_of(tokens, 1040, dtype, place), input_of(1, 272, dtype, place, seed=1)[0]
-    shifted, shifted_bias = x.new_empty(x.numel() + 1)[1:].view_as(x), bias.new_empty(273)[1:]
+    weight, kernel, operands = prepared(*SHARED)
+    x, bias = input_of(tokens, SHARED[1], dtype, place), input_of(1, SHARED[0], dtype, place, seed=1)[0]
+    shifted, shifted_bias = x.new_empty(x.numel() + 1)[1:].view_as(x), bias.new_empty(SHARED[0] + 1)[1:]
     shifted.copy_(x), shifted_bias.copy_(bias)
     assert shifted.data_ptr() % 16 == x.itemsize
-    wide = x.new_full((tokens, 2 * 1040), torch.nan)
+    wide = x.new_full((tokens, 2 * SHARED[1]), torch.nan)
     wide[:, ::2] = x
     for same in (shifted, wide[:, ::2], x.T.contiguous().T, x[:1].expand(tokens, -1)):
-        for b in (bias, shifted_bias, bias[:1].expand(272)):
-            assert_is_linear(kernel.run(same, operands, b, 272, 1040), same, weight, b)
+        for b in (bias, shifted_bias, bias[:1].expand(SHARED[0])):
+            assert_is_linear(kernel.run(same, operands, b, *SHARED), same, weight, b)
 
 
 def test_leading_dimensions_are_kept(prepared, place, dtype):
@@ -114,10 +114,10 @@ def test_torch_compile_takes_the_whole_graph(prepared, place, dtype):
 
 @pytest.mark.parametrize("tokens", [1, 8, 40, 130])
 def test_two_streams_do_not_disturb_each_other(prepared, place, dtype, tokens):
-    weight, kernel, operands = prepared(272, 1040)
-    inputs = [input_of(tokens, 1040, dtype, place, seed) for seed in range(2)]
-    expected = [kernel.run(x, operands, None, 272, 1040) for x in inputs]
-    outputs = on_streams(place, lambda number: kernel.run(inputs[number], operands, None, 272, 1040), rounds=20)
+    weight, kernel, operands = prepared(*SHARED)
+    inputs = [input_of(tokens, SHARED[1], dtype, place, seed) for seed in range(2)]
+    expected = [kernel.run(x, operands, None, *SHARED) for x in inputs]
+    outputs = on_streams(place, lambda number: kernel.run(inputs[number], operands, None, *SHARED), rounds=20)
     for number, y in outputs:
         assert torch.equal(y, expected[number])
     assert_is_linear(expected[0], inputs[0], weight)
@@ -139,15 +139,15 @@ def on_streams(place, call, rounds):
 
 @pytest.mark.parametrize("tokens", [1, 8, 40, 130])
 def test_a_captured_graph_computes_with_the_input_of_its_replay(prepared, place, dtype, tokens):
-    weight, kernel, operands = prepared(272, 1040)
-    x = input_of(tokens, 1040, dtype, place)
-    y, replay = capture(place, lambda: kernel.run(x, operands, None, 272, 1040))
+    weight, kernel, operands = prepared(*SHARED)
+    x = input_of(tokens, SHARED[1], dtype, place)
+    y, replay = capture(place, lambda: kernel.run(x, operands, None, *SHARED))
     for seed in range(1, 4):
-        x.copy_(input_of(tokens, 1040, dtype, place, seed))
+        x.copy_(input_of(tokens, SHARED[1], dtype, place, seed))
         y.fill_(torch.nan)
         replay()
         assert_is_linear(y, x, weight)
-        assert torch.equal(y, kernel.run(x, operands, None, 272, 1040))
+        assert torch.equal(y, kernel.run(x, operands, None, *SHARED))
 
 
 def capture(place, call):
