@@ -18,6 +18,7 @@ N:M; beside it go rows x columns^2 = 69 GFLOP of products at some 50 TFLOP/s of 
 is what a layer should take from U on. `launches` counts, and `model_us` has this sum for any shape.
 """
 
+import functools
 from contextlib import nullcontext
 
 import torch
@@ -136,12 +137,20 @@ def _mask_of(w: Tensor, block_size: int, choice: Choice) -> tuple[Tensor, tuple[
     return (masks[0] if len(masks) == 1 else masks[0] & masks[1]).contiguous(), (w.shape[1], block_size)
 
 
+@functools.cache
+def stream_beside(device: torch.device, stream: torch.cuda.Stream) -> torch.cuda.Stream:
+    """Where the products run beside `stream`: always the same, for cuBLAS keeps a workspace, 32 MB on Hopper, of each
+    stream that it has seen, and torch has 32 of them.
+    """
+    return torch.cuda.Stream(device)
+
+
 class _Products:
     """W[:, behind the next block] -= E U for one block after the other, beside what is launched meanwhile."""
 
     def __init__(self, w: Tensor, u: Tensor, block_size: int):
         self.w, self.u, self.block_size = w, u, block_size
-        self.stream = torch.cuda.Stream(w.device) if w.is_cuda else None
+        self.stream = stream_beside(w.device, torch.cuda.current_stream(w.device)) if w.is_cuda else None
         # of the product before the last one, and of the last one
         self.ends: list[torch.cuda.Event | None] = [None, None]
 

@@ -28,6 +28,16 @@ def test_every_case_holds_on_a_card():
     assert_cases_hold(CASES, interpret="0")
 
 
+def test_one_layer_after_the_other_uses_the_same_second_stream(monkeypatch):
+    from sparsekern.ops.triton import obs_blocks as kernels
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    card, streams = torch.device("cuda", 0), ["one", "another"]
+    found = [kernels.stream_beside(card, stream) for stream in streams * 3]
+    assert len(set(map(id, found))) == 2
+    kernels.stream_beside.cache_clear()
+
+
 # most: instructions, of which those of a count run once for 32 weights a thread, and the sweep's loop for 16 columns
 @pytest.mark.parametrize(("digit", "most"), [(0, 4200), (2, 3400)], ids=str)
 def test_the_counts_compile_without_spills(digit, most, tmp_path):
