@@ -27,8 +27,8 @@ REGISTERS = {
     r"linear_bitmap_kernel": 64,
     r"bitmap_fragments_kernel\w+Li1E": 88,
     r"bitmap_fragments_kernel\w+Li2E": 96,
-    r"bitmap_fragments_kernel\w+Li4E": 112,
-    r"bitmap_fragments_kernel\w+Li8E": 124,
+    r"bitmap_fragments_kernel\w+Li4E": 136,
+    r"bitmap_fragments_kernel\w+Li8E": 168,
 }
 MOST_REGISTERS = 128
 # of the loop with the instruction: the dense elements that a pass of it serves, a thread, and what a thread may spend
@@ -38,11 +38,12 @@ LOOPS = [
     (r"linear_24_kernel\w+Li[12]E", "HMMA.SP", 16 * 256 / 32, 1.3, 0),
     (r"linear_24_kernel\w+Li4E", "HMMA.SP", 16 * 256 / 32, 1.6, 0),
     (r"linear_24_kernel\w+Li8E", "HMMA.SP", 16 * 256 / 32, 2.3, 0),
-    # two blocks of 64 inputs; 8, 16, 32 and 64 tokens. Only what 64 tokens add is above 4
-    (r"bitmap_fragments_kernel\w+Li1E", "HMMA", 16 * 128 / 32, 3.3, 0),
-    (r"bitmap_fragments_kernel\w+Li2E", "HMMA", 16 * 128 / 32, 3.5, 0),
-    (r"bitmap_fragments_kernel\w+Li4E", "HMMA", 16 * 128 / 32, 3.9, 0),
-    (r"bitmap_fragments_kernel\w+Li8E", "HMMA", 16 * 128 / 32, 4.6, 0),
+    # a segment of one panel, or of two, with the copies of the next one; 8, 16, 32 and 64 tokens. The loop over 12 rows
+    # of cells counts once
+    (r"bitmap_fragments_kernel\w+Li1E", "HMMA", 16 * 256 / 32, 4.05, 0),
+    (r"bitmap_fragments_kernel\w+Li2E", "HMMA", 16 * 256 / 32, 4.25, 0),
+    (r"bitmap_fragments_kernel\w+Li4E", "HMMA", 32 * 256 / 32, 4.4, 0),
+    (r"bitmap_fragments_kernel\w+Li8E", "HMMA", 32 * 256 / 32, 5, 0),
 ]
 # what a thread may spend on each dense element in kernels that move 16 bytes at a time: in the loop along a row, where
 # there is one, else before the last way out but one, behind which stands what is done for weights that are refused. An

@@ -150,19 +150,20 @@ __global__ void __launch_bounds__(32 * kWarps) bitmap_fragments_to_dense_kernel(
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
   if (at >= panel_segments) return;
   const int warp_smem = warp * warp_bytes(capacity);
-  copy_segment(ptx::shared_memory() + warp_smem, masks + at * (kMaskBytes / 4), cells,
-               rows_of(quad_rows + at * kLaneQuads, lane), cell_rows, capacity, lane);
+  copy_segment(ptx::shared_memory() + warp_smem,
+               reinterpret_cast<const unsigned char*>(masks) + at * kMaskBytes + lane * 16, cells,
+               rows_of(quad_rows + at * kLaneQuads + lane / 4), true, cell_rows, capacity, lane);
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
   __syncwarp();
 
-  const uint32_t first_run = (warp_smem + kMaskBytes) / 8, last_run = first_run + capacity * kCellValues * 8;
+  const uint32_t last_run = capacity * kCellValues * 8;
   const Spread spread = spread_of(lane);
   const unsigned char* mask_smem_read = ptx::shared_memory() + warp_smem + lane * 4;
   const int64_t row = at / segments * kFragmentRows + lane / 4;
   const int64_t first_input = at % segments * kSegmentInputs + lane % 4 * kLaneInputs;
   const bool aligned = (reinterpret_cast<uintptr_t>(dense) | in_features * 2) % 16 == 0;
-  uint32_t run = first_run;
+  uint32_t run = 0;
 #pragma unroll 1
   for (int block = 0; block < kSegmentBlocks; ++block) {
     const uint32_t mask = *reinterpret_cast<const uint32_t*>(mask_smem_read + block * 128);
@@ -171,7 +172,7 @@ __global__ void __launch_bounds__(32 * kWarps) bitmap_fragments_to_dense_kernel(
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       uint32_t a[4];
-      expand(a, mask >> 8 * i, spread, run, lane);
+      expand(a, mask >> 8 * i, spread, run, ptx::shared_memory() + warp_smem + kMaskBytes, lane);
 #pragma unroll
       for (int j = 0; j < 4; ++j) rows[j % 2][2 * i + j / 2] = a[j];
     }

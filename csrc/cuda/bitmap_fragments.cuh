@@ -45,52 +45,59 @@ struct Spread {
   uint32_t ends, begins;
 };
 
-__device__ __forceinline__ Spread spread_of(int lane) { return {spread_of<true>(lane % 16), spread_of<false>(lane % 16)}; }
+__device__ __forceinline__ Spread spread_of(int lane) {
+  return {spread_of<true>(lane % 16), spread_of<false>(lane % 16)};
+}
 
 // Where the cells of a lane's quad begin and end, as they are saved.
 struct QuadRows {
   int begin, end;
 };
 
-// Of a segment: quad_rows [kLaneQuads + 1].
-__device__ __forceinline__ QuadRows rows_of(const int32_t* quad_rows, int lane) {
-  return {quad_rows[lane / 4], quad_rows[lane / 4 + 1]};
-}
+//   quad_rows  from this lane's quad on
+__device__ __forceinline__ QuadRows rows_of(const int32_t* quad_rows) { return {quad_rows[0], quad_rows[1]}; }
 
 // Asks for the masks and cells of a segment; cp.async, not committed.
-//   masks  of the segment   cells  of the weight   quad  of this lane and segment
-__device__ __forceinline__ void copy_segment(unsigned char* to, const uint32_t* masks, const unsigned char* cells,
-                                             QuadRows quad, int cell_rows, int capacity, int lane) {
-#pragma unroll
-  for (int i = 0; i < kMaskBytes / 512; ++i) {
-    ptx::cp_async_16(to + i * 512 + lane * 16, masks + i * 128 + lane * 4);
-  }
+//   masks  of the segment, from this lane's 16 bytes on   cells  of the weight   quad  of this lane and segment
+//   there  is this segment; else its masks keep nothing, and `quad` is empty
+__device__ __forceinline__ void copy_segment(unsigned char* to, const unsigned char* masks, const unsigned char* cells,
+                                             QuadRows quad, bool there, int cell_rows, int capacity, int lane) {
+  static_assert(kMaskBytes == 32 * 16, "a lane copies one piece of the masks");
+  ptx::cp_async_16(to + lane * 16, masks, there ? 16 : 0);
   // rows of masks that lie are cut to what there is, here and in shared memory
   const int first = min(max(quad.begin, 0), cell_rows);
-  const int rows = min(min(quad.end, cell_rows) - first, capacity);
-  const unsigned char* from = cells + static_cast<int64_t>(first) * kQuadRowBytes + lane % 4 * 16;
   // 4 lanes copy two rows of their own quad at a time
+  int rows = min(min(quad.end, cell_rows) - first, capacity) - lane % 4 / 2;
+  const unsigned char* from = cells + static_cast<int64_t>(first) * kQuadRowBytes + lane % 4 * 16;
   unsigned char* cells_smem_write =
       to + kMaskBytes + lane % 4 / 2 * kCellRowBytes + lane / 4 * kQuadRowBytes + lane % 2 * 16;
-#pragma unroll 4
-  for (int row = lane % 4 / 2; row < rows; row += 2) {
-    ptx::cp_async_16(cells_smem_write, from);
-    cells_smem_write += 2 * kCellRowBytes;
-    from += 2 * kQuadRowBytes;
+  constexpr int kUnroll = 6;
+  // as often for every lane: the warp stays together
+#pragma unroll 1
+  for (int row = 0; row < capacity; row += 2 * kUnroll) {
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      if (2 * i < rows) ptx::cp_async_16(cells_smem_write + i * 2 * kCellRowBytes, from + i * 2 * kQuadRowBytes);
+    }
+    rows -= 2 * kUnroll;
+    cells_smem_write += kUnroll * 2 * kCellRowBytes;
+    from += kUnroll * 2 * kQuadRowBytes;
   }
 }
 
 // The next 8 weights of a lane, `mask` their bits and whatever is above: 4 inputs of row g in a[0], a[2], and of row
 // g + 8 in a[1], a[3].
-//   run  the lane's place in shared memory, 8 for a value: kCellRowBytes a cell is 32, so that its low 5 bits are those
-//        of the byte
-__device__ __forceinline__ void expand(uint32_t (&a)[4], uint32_t mask, Spread spread, uint32_t& run, int lane) {
+//   run    the lane's place in its column, 8 for a value: kCellRowBytes a cell is 32, so that its low 5 bits are those of
+//          the byte
+//   cells  in shared memory
+__device__ __forceinline__ void expand(uint32_t (&a)[4], uint32_t mask, Spread spread, uint32_t& run,
+                                       const unsigned char* cells, int lane) {
   constexpr uint32_t kAll = 0xffffffff;
   const uint32_t ends = __shfl_sync(kAll, spread.ends, static_cast<int>(mask), 16);
   const uint32_t begins = __shfl_sync(kAll, spread.begins, static_cast<int>(mask >> 4), 16);
   // where row g's values end and row g + 8's begin
   run += ends >> 16;
-  const uint2* at = reinterpret_cast<const uint2*>(ptx::shared_memory()) + ((run & ~31u) | static_cast<uint32_t>(lane));
+  const uint2* at = reinterpret_cast<const uint2*>(cells) + ((run & ~31u) | static_cast<uint32_t>(lane));
   const uint2 cell_0 = at[-32], cell_1 = at[0], cell_2 = at[32];
   // the shift counts modulo 32
   const uint32_t low_ends = ptx::prmt(__funnelshift_r(cell_0.x, cell_1.x, run), 0, ends);

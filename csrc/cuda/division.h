@@ -1,14 +1,15 @@
 // How a kernel that reads a weight once is divided into blocks: the time that a division should take on this card.
 //
 // The busiest multiprocessor decides. Of `count` equal blocks it gets ceil(count / multiprocessors), of which `resident`
-// run at once, in waves. Its time is the longest of four,
+// run at once, in waves. Its time is the longest of five,
 //
 //     memory     its blocks' bytes from memory, at its share of the card's bandwidth
 //     L2         its blocks' bytes from memory and from L2, at its share of that
 //     in flight  the same bytes, so many at once as its blocks have asked for, each time after the latency
 //     issue      its warps' instructions: four a clock, but of one warp only every kWarpClocks-th clock
+//     shared     what its warps move in shared memory, 128 bytes a clock, and shuffles, one of a warp a clock
 //
-// and a tenth of all four, for they do not overlap perfectly, and a latency for each wave, in which nothing has come yet;
+// and a tenth of all five, for they do not overlap perfectly, and a latency for each wave, in which nothing has come yet;
 // where blocks share outputs, two more, for the sums that meet. Bandwidth, clock and multiprocessors are what the card
 // says of itself. The latency, L2's bandwidth and how often a warp can go on no card says; they decide only between
 // divisions that all give the right result.
@@ -105,6 +106,7 @@ struct Blocks {
   double instructions;      // of all its warps
   int warps;
   bool shares_outputs;
+  double shared_clocks = 0;  // of all its warps
 };
 
 // How many blocks fit on a multiprocessor, by shared memory and by registers.
@@ -124,8 +126,9 @@ inline double expected_us(const Card& card, const Blocks& blocks) {
   const double in_flight_us = all / (together * blocks.in_flight_bytes) * kLatencyUs;
   const double issue_us = busiest * blocks.instructions /
                           (card.clocks_per_us * std::min(4.0, together * blocks.warps / kWarpClocks));
-  const double us = std::max({memory_us, l2_us, in_flight_us, issue_us}) +
-                    kOverlapLost * (memory_us + l2_us + in_flight_us + issue_us);
+  const double shared_us = busiest * blocks.shared_clocks / card.clocks_per_us;
+  const double us = std::max({memory_us, l2_us, in_flight_us, issue_us, shared_us}) +
+                    kOverlapLost * (memory_us + l2_us + in_flight_us + issue_us + shared_us);
   return us + static_cast<double>(waves + (blocks.shares_outputs ? 2 : 0)) * kLatencyUs;
 }
 

@@ -1,19 +1,25 @@
 // linear_bitmap_fragments: decode with an unstructured weight, 1 to 64 tokens, on dense tensor cores.
 //
-// A warp owns 16 outputs and every warps_k-th segment of 256 inputs. It copies a segment's masks and kept values into
-// shared memory as they lie, rebuilds one fragment of 16 x 16 weights after the other in registers, and multiplies each
-// by up to 8 tiles of 8 tokens; meanwhile the next segment is under way, and where that one's cells lie is known one
-// segment earlier still. Warps with the same segment and other outputs share x; those with the same outputs add their
-// sums in shared memory.
+// A warp owns 16 outputs, above 16 tokens 32, and every warps_k-th segment of 256 inputs. It copies a segment's masks and
+// kept values into shared memory as they lie, rebuilds one fragment of 16 x 16 weights after the other in registers, and
+// multiplies each by up to 8 tiles of 8 tokens; meanwhile the next segment is under way, and where that one's cells lie
+// is known one segment earlier still. Warps with the same segment and other outputs share x; those with the same outputs
+// add their sums in shared memory.
 //
 // Where the outputs alone would not fill the card, blocks share them: each writes its sums, and a second kernel adds
 // them up, always in the same order. How many warps and blocks share what, division.h decides.
 //
-// Counted for an H200 at 50 % (tests/cuda_on_host/divisions.py), none of it measured: one stage of a warp is 5.9 KB,
-// and 8 to 16 warps of a multiprocessor have 47 to 94 KB of weights under way while as much is multiplied; latency x
-// bandwidth is 26 KB. Instructions a dense weight in the loop: 3.3, 3.5, 3.8 and 4.5 for up to 8, 16, 32 and 64 tokens,
-// about 1.8 more for the copies, of which an H200 affords 7.8. Two HMMA and a load of x are left of each tile of tokens:
-// 0.19 a weight, so that 8 tiles are 1.3 above one. Registers on sm_90a: 64, 96, 112, 118.
+// Counted, none of it measured, for an H200 at 50 % and up to 8, 16, 32 and 64 tokens:
+//
+//     instructions a dense weight          3.1   3.3   3.5   4.2    to rebuild and multiply
+//                                          4.0   4.2   4.4   5.0    with what the loop does beside
+//     clocks of shared memory, 256 weights  13    15    15    19    of which memory needs 19 to bring them
+//     registers, sm_90a                     77    85   129   163
+//
+// and 0.2 instructions more where a segment has more than 12 rows of cells to copy. An H200 affords 7.8. Of each tile of
+// tokens two HMMA and a load of x are left; that load is what shared memory has no time for at 64 tokens, so that there
+// it meets two panels. A stage of a panel is 5.9 KB: 8 to 16 panels of a multiprocessor have 47 to 94 KB of weights under
+// way while as much is multiplied (tests/cuda_on_host/divisions.py); latency x bandwidth is 26 KB.
 
 #include <algorithm>
 
@@ -24,9 +30,8 @@ namespace sparsekern::cuda {
 namespace {
 
 constexpr int kTileTokens = 8;
-// 16 bytes more than the inputs, so that the rows of a fragment lie in different banks
-constexpr int kXRowBytes = kSegmentInputs * 2 + 16;
-constexpr int kSumThreads = 256;
+constexpr int kThreads = 256;  // of the small kernels
+constexpr int kPieceInputs = 8;  // 16 bytes of x
 // of weights and x: while one is multiplied the next one is under way
 constexpr int kStages = 2;
 constexpr int kMostWarps = 8;
@@ -35,16 +40,30 @@ __host__ __device__ constexpr int token_tiles_of(int64_t tokens) {
   return tokens <= 8 ? 1 : tokens <= 16 ? 2 : tokens <= 32 ? 4 : 8;
 }
 
+// That a warp owns: what is loaded of x meets them all.
+__host__ __device__ constexpr int panels_of(int token_tiles) { return token_tiles <= 2 ? 1 : 2; }
+
 // Of x in shared memory.
 __host__ __device__ constexpr int x_rows(int64_t tokens) {
   return tokens < kTileTokens ? static_cast<int>(tokens) : token_tiles_of(tokens) * kTileTokens;
 }
 
+// A stage of x is a segment or half of one, where many tokens would leave no room for weights.
+__host__ __device__ constexpr int x_blocks_of(int token_tiles) {
+  return token_tiles <= 2 ? kSegmentBlocks : kSegmentBlocks / 2;
+}
+
+// 16 bytes more than the inputs, so that the rows of a fragment lie in different banks.
+__host__ __device__ constexpr int x_row_bytes_of(int token_tiles) { return x_blocks_of(token_tiles) * 128 + 16; }
+
 struct Work {
   int64_t out_features;
-  int in_features, tokens, panels, segments;
+  int x_row_inputs, tokens, panels, segments;
   int warps_m_log2, warps_k, splits;
   int cell_rows, capacity;
+  // between the rows of x that a lane copies: tokens, bytes of x, bytes in shared memory
+  int x_row_step, x_smem_step;
+  int64_t x_step;
 };
 
 __device__ inline float to_float(__half value) { return __half2float(value); }
@@ -52,37 +71,9 @@ __device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(
 __device__ inline void store(__half* to, float value) { *to = __float2half_rn(value); }
 __device__ inline void store(__nv_bfloat16* to, float value) { *to = __float2bfloat16_rn(value); }
 
-// Asks for every row_step-th token's inputs of a segment, from first_row on, zeros behind the last input.
-template <typename Value>
-__device__ void copy_x(unsigned char* x_smem, const Value* x, int first_input, int tokens, int in_features,
-                       int first_row, int row_step, int lane) {
-  constexpr int kPieceInputs = 8;
-  static_assert(kSegmentInputs == 32 * kPieceInputs, "a lane has one piece of a row");
-  const int input = first_input + lane * kPieceInputs;
-  const int there = min(max(in_features - input, 0), kPieceInputs);
-  const Value* from = x + static_cast<int64_t>(first_row) * in_features + (there > 0 ? input : 0);
-  unsigned char* x_smem_write = x_smem + first_row * kXRowBytes + lane * 16;
-  // cp.async moves 16 bytes between multiples of 16
-  const bool aligned = (reinterpret_cast<uintptr_t>(x) | in_features * sizeof(Value)) % 16 == 0;
-#pragma unroll 1
-  for (int row = first_row; row < tokens; row += row_step) {
-    if (aligned) {
-      ptx::cp_async_16(x_smem_write, from, there * static_cast<int>(sizeof(Value)));
-    } else {
-#pragma unroll 1
-      for (int i = 0; i < kPieceInputs; ++i) {
-        reinterpret_cast<uint16_t*>(x_smem_write)[i] =
-            i < there ? reinterpret_cast<const uint16_t*>(from)[i] : uint16_t{0};
-      }
-    }
-    x_smem_write += row_step * kXRowBytes;
-    from += static_cast<int64_t>(row_step) * in_features;
-  }
-}
-
 template <typename Value, int kTokenTiles>
-__global__ void __launch_bounds__(32 * kMostWarps, 2) linear_bitmap_fragments_kernel(
-    const Value* __restrict__ x,              // [tokens, in_features]
+__global__ void __launch_bounds__(32 * kMostWarps, panels_of(kTokenTiles) == 1 ? 2 : 1) linear_bitmap_fragments_kernel(
+    const Value* __restrict__ x,              // [tokens, x_row_inputs], every row on 16 bytes
     const uint32_t* __restrict__ masks,       // [panels, segments, kSegmentBlocks, 32]
     const unsigned char* __restrict__ cells,  // [cell_rows, kQuadRowBytes]
     const int32_t* __restrict__ quad_rows,    // [panels, segments, kLaneQuads] and the end
@@ -90,105 +81,186 @@ __global__ void __launch_bounds__(32 * kMostWarps, 2) linear_bitmap_fragments_ke
     Value* __restrict__ y,                    // [tokens, out_features], where splits == 1
     float* __restrict__ partial,              // [splits, tokens, out_features], where splits > 1
     Work work) {
+  constexpr int kPanels = panels_of(kTokenTiles), kXBlocks = x_blocks_of(kTokenTiles);
+  constexpr int kXInputs = kXBlocks * 64, kXRowBytes = x_row_bytes_of(kTokenTiles);
   const int lane = ptx::lane(), warp = threadIdx.x / 32;
   const int warps_m = 1 << work.warps_m_log2;
   const int warp_m = warp & (warps_m - 1), warp_k = warp >> work.warps_m_log2;
-  const int tokens = work.tokens;
+  const int tokens = work.tokens, segments = work.segments, capacity = work.capacity;
   // fewer than 8 tokens have as many rows, a lane without one reads the last; more have all rows, some never written:
   // what stands there reaches only columns that are never stored
   const int rows = x_rows(tokens);
-
-  // every warp's cells begin on a row of cells
-  const int stage_bytes = warp_bytes(work.capacity), x_stage_bytes = rows * kXRowBytes;
-  const int warp_smem = warp * (kStages * stage_bytes);
-  const int x_smem = (blockDim.x / 32) * (kStages * stage_bytes) + kGuardRows * kCellRowBytes +
-                     warp_k * (kStages * x_stage_bytes);
   const Spread spread = spread_of(lane);
 
-  const auto meet_slot = [&] {
+  // every panel's cells begin on a row of cells
+  const int panel_bytes = warp_bytes(capacity);
+  unsigned char* const warp_smem = ptx::shared_memory() + warp * (kStages * kPanels * panel_bytes);
+  unsigned char* const x_smem = ptx::shared_memory() + (blockDim.x / 32) * (kStages * kPanels * panel_bytes) +
+                                kGuardRows * kCellRowBytes + warp_k * (kStages * rows * kXRowBytes);
+
+  // all warps of a block come here equally often
+  const auto meet = [&] {
     if (warps_m == 1) {
       __syncwarp();
     } else {
-      ptx::barrier(1 + warp_k, 32 * warps_m);
+      __syncthreads();
     }
   };
 
-  // past the last panel: the last one again, never stored
-  const int panel = min((static_cast<int>(blockIdx.x) << work.warps_m_log2) + warp_m, work.panels - 1);
-  const int64_t first_part = static_cast<int64_t>(panel) * work.segments;
   const int step = work.warps_k * work.splits;
-  const auto quad_of = [&](int segment) {
-    return segment < work.segments ? rows_of(quad_rows + (first_part + segment) * kLaneQuads, lane) : QuadRows{0, 0};
+  int segment = blockIdx.y * work.warps_k + warp_k;
+  // past the last panel: the last one again, never stored
+  const unsigned char* masks_read[kPanels];
+  const int32_t* quads_read[kPanels];
+#pragma unroll
+  for (int p = 0; p < kPanels; ++p) {
+    const int owner = (static_cast<int>(blockIdx.x) << work.warps_m_log2) + warp_m;
+    const int panel = min(owner * kPanels + p, work.panels - 1);
+    const int64_t part = static_cast<int64_t>(panel) * segments + segment;
+    masks_read[p] = reinterpret_cast<const unsigned char*>(masks) + part * kMaskBytes + lane * 16;
+    quads_read[p] = quad_rows + part * kLaneQuads + lane / 4;
+  }
+  QuadRows quads[kPanels];
+  const auto read_quads = [&](int of_segment) {
+#pragma unroll
+    for (int p = 0; p < kPanels; ++p) {
+      quads[p] = of_segment < segments ? rows_of(quads_read[p]) : QuadRows{0, 0};
+      quads_read[p] += step * kLaneQuads;
+    }
   };
-  const auto copy = [&](int segment, int stage, QuadRows quad) {
-    copy_segment(ptx::shared_memory() + warp_smem + stage * stage_bytes,
-                 masks + (first_part + segment) * (kMaskBytes / 4), cells, quad, work.cell_rows, work.capacity, lane);
-    copy_x(ptx::shared_memory() + x_smem + stage * x_stage_bytes, x, segment * static_cast<int>(kSegmentInputs), tokens,
-           work.in_features, warp_m, warps_m, lane);
+  const auto copy_weights = [&](int of_segment, int stage) {
+#pragma unroll
+    for (int p = 0; p < kPanels; ++p) {
+      copy_segment(warp_smem + (stage * kPanels + p) * panel_bytes, masks_read[p], cells, quads[p],
+                   of_segment < segments, work.cell_rows, capacity, lane);
+      masks_read[p] += step * kMaskBytes;
+    }
   };
 
-  float sums[kTokenTiles][4] = {};
-  int segment = blockIdx.y * work.warps_k + warp_k, stage = 0;
-  if (segment < work.segments) copy(segment, 0, quad_of(segment));
-  ptx::cp_async_commit();
-  // asked for one segment before it is needed: the copies would wait for it
-  QuadRows next_quad = quad_of(segment + step);
+  // as many lanes as a stage has 16 bytes of a token; zeros behind the last input
+  constexpr int kPieces = kXInputs / kPieceInputs;
+  const int first_row = warp_m * (32 / kPieces) + lane / kPieces;
+  // the last ones ahead may lie behind 2^31
+  uint32_t input = segment * static_cast<uint32_t>(kSegmentInputs) + lane % kPieces * kPieceInputs;
+  const auto* x_read =
+      reinterpret_cast<const unsigned char*>(x + static_cast<int64_t>(first_row) * work.x_row_inputs + input);
+  unsigned char* const x_smem_write = x_smem + first_row * kXRowBytes + lane % kPieces * 16;
+  // a stage of inputs from `ahead` of this segment's first on
+  const auto copy_x = [&](int x_stage, int ahead) {
+    const int bytes = input + ahead < static_cast<uint32_t>(work.x_row_inputs) ? 16 : 0;
+    const unsigned char* from = x_read + ahead * 2;
+    unsigned char* to = x_smem_write + x_stage * rows * kXRowBytes;
 #pragma unroll 1
-  for (; segment < work.segments; segment += step, stage ^= 1) {
-    if (segment + step < work.segments) copy(segment + step, stage ^ 1, next_quad);
-    ptx::cp_async_commit();
-    next_quad = quad_of(segment + 2 * step);
-    ptx::cp_async_wait<1>();
-    meet_slot();
+    for (int row = first_row; row < tokens; row += work.x_row_step) {
+      ptx::cp_async_16(to, from, bytes);
+      from += work.x_step;
+      to += work.x_smem_step;
+    }
+  };
 
-    const unsigned char* mask_smem_read = ptx::shared_memory() + warp_smem + stage * stage_bytes + lane * 4;
-    const unsigned char* x_smem_read = ptx::shared_memory() + x_smem + stage * x_stage_bytes +
-                                       min(lane / 4, rows - 1) * kXRowBytes + lane % 4 * 32;
-    uint32_t run = (warp_smem + stage * stage_bytes + kMaskBytes) / 8;
-    const uint32_t last_run = run + work.capacity * kCellValues * 8;
-#pragma unroll 2
-    for (int block = 0; block < kSegmentBlocks; ++block) {
-      const uint32_t mask = *reinterpret_cast<const uint32_t*>(mask_smem_read + block * 128);
-      run = min(run, last_run);
+  float sums[kPanels][kTokenTiles][4] = {};
+  // a stage of x by the blocks of weights from first_block on
+  const auto multiply = [&](int x_stage, const unsigned char* stage_smem, int first_block, uint32_t (&run)[kPanels]) {
+    const unsigned char* x_smem_read =
+        x_smem + (x_stage * rows + min(lane / 4, rows - 1)) * kXRowBytes + lane % 4 * 32;
+    const uint32_t last_run = capacity * kCellValues * 8;
+#pragma unroll
+    for (int block = 0; block < kXBlocks; ++block) {
+      uint32_t mask[kPanels];
+#pragma unroll
+      for (int p = 0; p < kPanels; ++p) {
+        mask[p] = *reinterpret_cast<const uint32_t*>(stage_smem + p * panel_bytes + (first_block + block) * 128 +
+                                                     lane * 4);
+        run[p] = min(run[p], last_run);
+      }
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
-        uint32_t a[2][4];
-        expand(a[0], mask >> 16 * pair, spread, run, lane);
-        expand(a[1], mask >> (16 * pair + 8), spread, run, lane);
+        uint32_t a[kPanels][2][4];
+#pragma unroll
+        for (int p = 0; p < kPanels; ++p) {
+          const unsigned char* cells_smem_read = stage_smem + p * panel_bytes + kMaskBytes;
+          expand(a[p][0], mask[p] >> 16 * pair, spread, run[p], cells_smem_read, lane);
+          expand(a[p][1], mask[p] >> (16 * pair + 8), spread, run[p], cells_smem_read, lane);
+        }
 #pragma unroll
         for (int n = 0; n < kTokenTiles; ++n) {
-          const uint4 x_reg = *reinterpret_cast<const uint4*>(x_smem_read + n * (kTileTokens * kXRowBytes) +
-                                                              block * 128 + pair * 16);
+          const uint4 x_reg =
+              *reinterpret_cast<const uint4*>(x_smem_read + n * (kTileTokens * kXRowBytes) + block * 128 + pair * 16);
           const uint32_t b_0[2] = {x_reg.x, x_reg.y}, b_1[2] = {x_reg.z, x_reg.w};
-          ptx::mma_m16n8k16<Value>(sums[n], a[0], b_0);
-          ptx::mma_m16n8k16<Value>(sums[n], a[1], b_1);
+#pragma unroll
+          for (int p = 0; p < kPanels; ++p) ptx::mma_m16n8k16<Value>(sums[p][n], a[p][0], b_0);
+#pragma unroll
+          for (int p = 0; p < kPanels; ++p) ptx::mma_m16n8k16<Value>(sums[p][n], a[p][1], b_1);
         }
       }
     }
-    // neither the weights nor x are read any more
-    meet_slot();
+  };
+
+  // quads are asked for one segment before they are needed: the copies would wait for them
+  read_quads(segment);
+  copy_weights(segment, 0);
+  read_quads(segment + step);
+  copy_x(0, 0);
+  ptx::cp_async_commit();
+  const int step_inputs = step * static_cast<int>(kSegmentInputs);
+  int stage = 0;
+#pragma unroll 1
+  for (int first = segment - warp_k; first < segments; first += step) {
+    // the last stages are not read any more
+    meet();
+    const unsigned char* stage_smem = warp_smem + stage * (kPanels * panel_bytes);
+    uint32_t run[kPanels] = {};
+    if constexpr (kXBlocks == kSegmentBlocks) {
+      copy_x(stage ^ 1, step_inputs);
+      copy_weights(segment + step, stage ^ 1);
+      ptx::cp_async_commit();
+      read_quads(segment + 2 * step);
+      ptx::cp_async_wait<1>();
+      meet();
+      multiply(stage, stage_smem, 0, run);
+    } else {
+      // the second half of x comes first: it must be there before the next weights are
+      copy_x(1, kXInputs);
+      ptx::cp_async_commit();
+      copy_weights(segment + step, stage ^ 1);
+      ptx::cp_async_commit();
+      read_quads(segment + 2 * step);
+      ptx::cp_async_wait<2>();
+      meet();
+      multiply(0, stage_smem, 0, run);
+      ptx::cp_async_wait<1>();
+      meet();
+      copy_x(0, step_inputs);
+      ptx::cp_async_commit();
+      multiply(1, stage_smem, kXBlocks, run);
+    }
+    segment += step;
+    stage ^= 1;
+    input += step_inputs;
+    x_read += static_cast<int64_t>(step) * (kSegmentInputs * 2);
   }
-  // nothing is under way but an empty group
+  // nothing is under way but zeros
   ptx::cp_async_wait<0>();
 
-  // the sums of all warps: [warps_k, warps_m, kTokenTiles, 32 lanes]
+  // the sums of all warps: [warps_k, warps_m, kPanels, kTokenTiles, 32 lanes]
   auto* sums_smem = reinterpret_cast<float4*>(ptx::shared_memory());
   __syncthreads();
 #pragma unroll
-  for (int n = 0; n < kTokenTiles; ++n) {
-    sums_smem[(warp * kTokenTiles + n) * 32 + lane] = make_float4(sums[n][0], sums[n][1], sums[n][2], sums[n][3]);
+  for (int i = 0; i < kPanels * kTokenTiles; ++i) {
+    const float* from = sums[i / kTokenTiles][i % kTokenTiles];
+    sums_smem[(warp * (kPanels * kTokenTiles) + i) * 32 + lane] = make_float4(from[0], from[1], from[2], from[3]);
   }
   __syncthreads();
 
-  const int results = warps_m * kTokenTiles * 32;
+  const int results = warps_m * kPanels * kTokenTiles * 32;
   for (int i = threadIdx.x; i < results; i += blockDim.x) {
     float4 sum = sums_smem[i];
     for (int k = 1; k < work.warps_k; ++k) {
       const float4 part = sums_smem[k * results + i];
       sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
     }
-    const int64_t first_out =
-        ((static_cast<int64_t>(blockIdx.x) << work.warps_m_log2) + i / (32 * kTokenTiles)) * kFragmentRows;
+    const int64_t first_panel = (static_cast<int64_t>(blockIdx.x) << work.warps_m_log2) * kPanels;
+    const int64_t first_out = (first_panel + i / (32 * kTokenTiles)) * kFragmentRows;
     const float parts[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -204,8 +276,23 @@ __global__ void __launch_bounds__(32 * kMostWarps, 2) linear_bitmap_fragments_ke
   }
 }
 
+// The rows of x, each on 16 bytes and zeros behind it.
 template <typename Value>
-__global__ void __launch_bounds__(kSumThreads) sum_splits_kernel(
+__global__ void __launch_bounds__(kThreads) align_rows_kernel(const Value* __restrict__ x,  // [tokens, in_features]
+                                                              Value* __restrict__ aligned,  // [tokens, row_inputs]
+                                                              int64_t in_features, int64_t row_inputs, int64_t size) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= size) return;
+  const int64_t input = i % row_inputs;
+  if (input < in_features) {
+    aligned[i] = x[i / row_inputs * in_features + input];
+  } else {
+    store(aligned + i, 0.0f);
+  }
+}
+
+template <typename Value>
+__global__ void __launch_bounds__(kThreads) sum_splits_kernel(
     const float* __restrict__ partial,  // [splits, size]
     const Value* __restrict__ bias,     // [out_features] or null
     Value* __restrict__ y,              // [size], size = tokens * out_features
@@ -225,48 +312,69 @@ struct Division {
   int warps() const { return warps_k << warps_m_log2; }
 };
 
+// Of a warp, one of kStages.
+int64_t stage_bytes(int64_t tokens, int capacity) {
+  return int64_t{panels_of(token_tiles_of(tokens))} * warp_bytes(capacity);
+}
+
 int64_t shared_bytes(const Division& division, int64_t tokens, int capacity) {
+  const int tiles = token_tiles_of(tokens);
   const int64_t segments_bytes =
-      int64_t{kStages} * division.warps() * warp_bytes(capacity) + kGuardRows * kCellRowBytes;
-  return std::max(segments_bytes + int64_t{kStages} * division.warps_k * x_rows(tokens) * kXRowBytes,
-                  int64_t{division.warps()} * token_tiles_of(tokens) * 32 * 16);
+      kStages * division.warps() * stage_bytes(tokens, capacity) + kGuardRows * kCellRowBytes;
+  return std::max(segments_bytes + kStages * int64_t{division.warps_k} * x_rows(tokens) * x_row_bytes_of(tiles),
+                  int64_t{division.warps()} * panels_of(tiles) * tiles * 32 * 16);
 }
 
 // The most registers that a thread may have (tests/test_cuda_module.py).
 constexpr int registers_of(int token_tiles) {
-  return token_tiles == 1 ? 88 : token_tiles == 2 ? 96 : token_tiles == 4 ? 112 : 124;
+  return token_tiles == 1 ? 88 : token_tiles == 2 ? 96 : token_tiles == 4 ? 136 : 168;
 }
 
-// Of a warp for a segment (tests/test_cuda_module.py): the loop over blocks, and the copies beside it.
-constexpr double instructions_of(int token_tiles) { return 625 + 23.0 * token_tiles; }
+// Of a warp for a segment of a panel (tests/test_cuda_module.py).
+constexpr double instructions_of(int token_tiles) {
+  return panels_of(token_tiles) == 1 ? 514 + 24.0 * token_tiles : 502 + 20.0 * token_tiles;
+}
+
+// Of shared memory, for a segment of a panel: each 8 weights of a lane are two shuffles and three loads of 8 bytes, each
+// 16 a load of 16 bytes of every tile of tokens, which meets all panels of the warp.
+constexpr double shared_clocks_of(int token_tiles, int capacity) {
+  const double x_clocks = 2.0 * token_tiles / panels_of(token_tiles);
+  return 16 * (2 + 3 * 2 + x_clocks) + kSegmentBlocks + warp_bytes(capacity) / 128.0;
+}
 
 // The blocks of a division, for the formula of division.h.
 Blocks blocks_of(const Division& division, const Card& card, int64_t tokens, int64_t segments, int capacity,
                  int64_t out_features) {
   const int64_t count = division.groups * division.splits;
   const double block_segments = static_cast<double>((segments + division.splits - 1) / division.splits);
+  const int panels = panels_of(token_tiles_of(tokens)) << division.warps_m_log2;
   const double x_bytes = static_cast<double>(tokens) * kSegmentInputs * 2;
+  const double x_stage_bytes = x_bytes * x_blocks_of(token_tiles_of(tokens)) / kSegmentBlocks;
   const double partial_bytes = division.splits > 1 ? 8.0 * tokens * out_features / division.groups : 0.0;
   return {count,
           resident_blocks(card, division.shared_bytes, 32 * division.warps(), registers_of(token_tiles_of(tokens))),
-          block_segments * warp_bytes(capacity) * (1 << division.warps_m_log2),
+          block_segments * warp_bytes(capacity) * panels,
           block_segments * x_bytes + partial_bytes,
-          kStages * (static_cast<double>(division.warps()) * warp_bytes(capacity) + division.warps_k * x_bytes),
-          block_segments * (1 << division.warps_m_log2) * instructions_of(token_tiles_of(tokens)),
+          static_cast<double>(kStages * division.warps() * stage_bytes(tokens, capacity)) +
+              division.warps_k * x_stage_bytes,
+          block_segments * panels * instructions_of(token_tiles_of(tokens)),
           division.warps(),
-          division.splits > 1};
+          division.splits > 1,
+          block_segments * (panels * shared_clocks_of(token_tiles_of(tokens), capacity) + x_bytes / 128)};
 }
 
 // Of all divisions that fit, the one that should take the least time; without warps where none fits.
 Division best_division(const Card& card, int64_t tokens, int64_t panels, int64_t segments, int capacity,
                        int64_t out_features) {
+  const int warp_panels = panels_of(token_tiles_of(tokens));
   Division best{};
   double best_us = -1.0;
   for (int splits = 1; splits <= 16 && splits <= segments; splits *= 2) {
-    for (int warps_m_log2 = 0; warps_m_log2 <= 3 && (warps_m_log2 == 0 || 1 << warps_m_log2 <= panels);
+    for (int warps_m_log2 = 0; warps_m_log2 <= 3 && (warps_m_log2 == 0 || warp_panels << warps_m_log2 <= panels);
          ++warps_m_log2) {
+      const int block_panels = warp_panels << warps_m_log2;
       for (int warps_k = 1; warps_k << warps_m_log2 <= kMostWarps && warps_k * splits <= segments; ++warps_k) {
-        Division division{warps_m_log2, warps_k, splits, (panels + (1 << warps_m_log2) - 1) >> warps_m_log2, 0};
+        Division division{warps_m_log2, warps_k, splits, (panels + block_panels - 1) / block_panels, 0};
         division.shared_bytes = shared_bytes(division, tokens, capacity);
         if (division.shared_bytes > card.shared_bytes_per_block) continue;
         const double us = expected_us(card, blocks_of(division, card, tokens, segments, capacity, out_features));
@@ -297,16 +405,35 @@ bool in_range(int64_t tokens, int64_t out_features, int64_t in_features) {
          out_features <= INT32_MAX - kFragmentRows && in_features >= 0 && in_features <= INT32_MAX - kSegmentInputs;
 }
 
+int64_t row_inputs_of(int64_t in_features) { return (in_features + kPieceInputs - 1) / kPieceInputs * kPieceInputs; }
+
+// In front of the workspace, rows of x for one that does not lie on 16 bytes.
+int64_t aligned_bytes(int64_t tokens, int64_t in_features) { return (2 * tokens * row_inputs_of(in_features) + 15) / 16 * 16; }
+
 template <typename Value>
-cudaError_t multiply(const BitmapFragments& weight, const Value* x, const Value* bias, Value* y, float* workspace,
-                     int64_t tokens, cudaStream_t stream) {
+cudaError_t multiply(const BitmapFragments& weight, const Value* x, const Value* bias, Value* y,
+                     unsigned char* workspace, int64_t tokens, cudaStream_t stream) {
   if (!in_range(tokens, weight.out_features, weight.in_features)) return cudaErrorInvalidValue;
   if (tokens == 0 || weight.out_features == 0) return cudaSuccess;
   Division division;
   const cudaError_t error = divide(division, weight, tokens);
   if (error != cudaSuccess) return error;
+  const int64_t row_inputs = row_inputs_of(weight.in_features);
+  const auto blocks_for = [](int64_t size) { return dim3(static_cast<unsigned>((size + kThreads - 1) / kThreads)); };
+  if (weight.in_features != row_inputs || reinterpret_cast<uintptr_t>(x) % 16 != 0) {
+    auto* aligned = reinterpret_cast<Value*>(workspace);
+    const int64_t size = tokens * row_inputs;
+    const cudaError_t copied = launch(align_rows_kernel<Value>, blocks_for(size), kThreads, 0, stream, x, aligned,
+                                      weight.in_features, row_inputs, size);
+    if (copied != cudaSuccess) return copied;
+    x = aligned;
+  }
+  auto* partial = reinterpret_cast<float*>(workspace + aligned_bytes(tokens, weight.in_features));
+  const int tiles = token_tiles_of(tokens);
+  // a warp copies a token's stage, or two tokens' halves, at once
+  const int x_row_step = (kSegmentBlocks / x_blocks_of(tiles)) << division.warps_m_log2;
   const Work work{weight.out_features,
-                  static_cast<int>(weight.in_features),
+                  static_cast<int>(row_inputs),
                   static_cast<int>(tokens),
                   static_cast<int>(weight.panels()),
                   static_cast<int>(weight.segments()),
@@ -314,22 +441,24 @@ cudaError_t multiply(const BitmapFragments& weight, const Value* x, const Value*
                   division.warps_k,
                   division.splits,
                   weight.cell_rows,
-                  weight.capacity};
+                  weight.capacity,
+                  x_row_step,
+                  x_row_step * x_row_bytes_of(tiles),
+                  2 * x_row_step * row_inputs};
   const auto start = [&](auto kernel) {
     const unsigned threads = 32u * division.warps();
     return launch(kernel, dim3(static_cast<unsigned>(division.groups), division.splits), threads,
-                  division.shared_bytes, stream, x, weight.masks, weight.cells, weight.quad_rows, bias, y, workspace,
+                  division.shared_bytes, stream, x, weight.masks, weight.cells, weight.quad_rows, bias, y, partial,
                   work);
   };
-  const int tiles = token_tiles_of(tokens);
   const cudaError_t started = tiles == 1   ? start(linear_bitmap_fragments_kernel<Value, 1>)
                               : tiles == 2 ? start(linear_bitmap_fragments_kernel<Value, 2>)
                               : tiles == 4 ? start(linear_bitmap_fragments_kernel<Value, 4>)
                                            : start(linear_bitmap_fragments_kernel<Value, 8>);
   if (started != cudaSuccess || division.splits == 1) return started;
   const int64_t size = tokens * weight.out_features;
-  return launch(sum_splits_kernel<Value>, dim3(static_cast<unsigned>((size + kSumThreads - 1) / kSumThreads)),
-                kSumThreads, 0, stream, workspace, bias, y, size, weight.out_features, division.splits);
+  return launch(sum_splits_kernel<Value>, blocks_for(size), kThreads, 0, stream, partial, bias, y, size,
+                weight.out_features, division.splits);
 }
 
 }  // namespace
@@ -340,20 +469,22 @@ cudaError_t linear_bitmap_fragments_workspace(const BitmapFragments& weight, int
   if (tokens == 0 || weight.out_features == 0) return cudaSuccess;
   Division division;
   const cudaError_t error = divide(division, weight, tokens);
-  if (error == cudaSuccess && division.splits > 1) {
-    *bytes = division.splits * tokens * weight.out_features * static_cast<int64_t>(sizeof(float));
+  if (error != cudaSuccess) return error;
+  *bytes = aligned_bytes(tokens, weight.in_features);
+  if (division.splits > 1) {
+    *bytes += division.splits * tokens * weight.out_features * static_cast<int64_t>(sizeof(float));
   }
-  return error;
+  return cudaSuccess;
 }
 
 cudaError_t linear_bitmap_fragments(const BitmapFragments& weight, const __nv_bfloat16* x, const __nv_bfloat16* bias,
                                     __nv_bfloat16* y, void* workspace, int64_t tokens, cudaStream_t stream) {
-  return multiply(weight, x, bias, y, static_cast<float*>(workspace), tokens, stream);
+  return multiply(weight, x, bias, y, static_cast<unsigned char*>(workspace), tokens, stream);
 }
 
 cudaError_t linear_bitmap_fragments(const BitmapFragments& weight, const __half* x, const __half* bias, __half* y,
                                     void* workspace, int64_t tokens, cudaStream_t stream) {
-  return multiply(weight, x, bias, y, static_cast<float*>(workspace), tokens, stream);
+  return multiply(weight, x, bias, y, static_cast<unsigned char*>(workspace), tokens, stream);
 }
 
 }  // namespace sparsekern::cuda

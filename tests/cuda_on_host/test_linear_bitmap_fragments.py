@@ -182,9 +182,11 @@ def test_the_binding_refuses_sizes_that_contradict_each_other():
 @pytest.mark.parametrize("shape", divisions.SHAPES, ids=str)
 @pytest.mark.parametrize("tokens", divisions.TOKENS)
 def test_on_an_h200_every_multiprocessor_has_enough_of_the_weight_under_way(on_host, shape, tokens, capacity):
-    registers, segment_bytes = {1: 88, 16: 96, 64: 124}[tokens], 512 + capacity * 256
+    registers, panels = {1: (88, 1), 16: (96, 1), 64: (168, 2)}[tokens]
+    segment_bytes = 512 + capacity * 256
     weight_bytes = shape[0] // 16 * (shape[1] // 256) * segment_bytes
-    divisions.assert_divided_well(on_host, 5, [tokens, *shape, 0, capacity], registers, segment_bytes, weight_bytes)
+    numbers = [tokens, *shape, 0, capacity]
+    divisions.assert_divided_well(on_host, 5, numbers, registers, panels * segment_bytes, weight_bytes)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
