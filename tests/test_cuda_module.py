@@ -135,7 +135,7 @@ def test_barriers_are_those_of_whole_blocks(module, arch):
         (name, each.operands.strip())
         for name, kernel in kernels(module, arch).items()
         for each in kernel.instructions
-        if each.opcode.startswith("BAR") and "linear_bitmap_fragments" not in name
+        if each.opcode.startswith("BAR")
     }
     assert len(found) > 10
     assert {operands for _, operands in found} == {"0x0"}
