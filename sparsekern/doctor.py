@@ -1,11 +1,10 @@
 """doctor: what was built, which kernels this machine can use, and why the others refuse."""
 
-import importlib.metadata
 from typing import Any
 
 import torch
 
-from sparsekern.measure import machine
+from sparsekern.measure import machine, version
 from sparsekern.ops import LINEAR_KERNELS, compiled
 
 MODULES = ("cpu", "cuda", "wgmma")
@@ -40,7 +39,7 @@ def examine() -> dict[str, Any]:
 
 def libraries() -> dict[str, str | None]:
     """The versions that a result depends on; None: not installed."""
-    return {name: _version(name) for name in LIBRARIES}
+    return {name: version(name) for name in LIBRARIES}
 
 
 def _rows(device: str, format: type, dtype: torch.dtype, kernels: tuple) -> list[dict[str, Any]]:
@@ -63,10 +62,3 @@ def _rows(device: str, format: type, dtype: torch.dtype, kernels: tuple) -> list
         )
         chosen = chosen or refusal is None
     return rows
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

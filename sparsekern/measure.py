@@ -137,7 +137,7 @@ def machine() -> Json:
         "cuda": torch.version.cuda if device else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "sparsekern": _version(),
+        "sparsekern": version("sparsekern"),
         "commit": _commit(),
     }
 
@@ -334,9 +334,10 @@ def _cpuinfo(key: str) -> str | None:
     return None
 
 
-def _version() -> str | None:
+def version(package: str) -> str | None:
+    """Of an installed package; None where it is not installed, as this one where it runs from its sources."""
     try:
-        return importlib.metadata.version("sparsekern")
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 

@@ -8,7 +8,6 @@ the finished blocks, bit for bit, and goes on.
 
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 import shutil
@@ -27,6 +26,7 @@ from sparsekern.batches import Batch, read_batches
 from sparsekern.finishing import Finish
 from sparsekern.hf_weights import use_generation_config
 from sparsekern.journal import Journal
+from sparsekern.measure import version
 from sparsekern.methods import Refine
 from sparsekern.model_files import UnreadableError
 from sparsekern.oneshot import prune
@@ -306,7 +306,7 @@ def _facts(
         "finish": None if finish is None else repr(finish),
         "skip": list(skip),
         "errors": errors,
-        **{f"version of {name}": importlib.metadata.version(name) for name in LIBRARIES},
+        **{f"version of {name}": version(name) for name in LIBRARIES},
         # sums are taken in another order
         "number of threads": torch.get_num_threads(),
         "instruction set": torch.backends.cpu.get_cpu_capability(),

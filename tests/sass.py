@@ -72,8 +72,9 @@ def _read(tool: Path, *arguments: object) -> str:
 
 def architectures(tool: Path, module: Path) -> tuple[set[str], set[str]]:
     """Those with machine code that has kernels, and those with PTX."""
-    elf = set(re.findall(r"\.(sm_\w+)\.cubin", _read(tool, "-lelf", module)))
-    return elf, set(re.findall(r"\.(sm_\w+)\.ptx", _read(tool, "-lptx", module)))
+    # not from its list of files: cuobjdump 12.8 leaves the a of sm_90a out of their names
+    found = re.findall(r"^Fatbin (elf|ptx) code:\n=+\narch = (sm_\w+)$", _read(tool, "-res-usage", module), re.MULTILINE)
+    return tuple({arch for kind, arch in found if kind == wanted} for wanted in ("elf", "ptx"))
 
 
 def usage(tool: Path, module: Path, arch: str) -> dict[str, tuple[int, int]]:

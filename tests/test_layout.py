@@ -45,7 +45,7 @@ ARROWS = {
     "report": {"finishing"},
     "oneshot": {*("pattern", "stats", "methods", "calibrate", "finishing", "gradients", "hf"), "report", "residence"},
     "streaming": {*("oneshot", "paging", "journal", "publish", "residence", "report", "traces", "batches", "finishing")}
-    | {*("hf", "hf_weights", "model_files", "shards", "methods", "ops", "pattern", "stats")},
+    | {*("hf", "hf_weights", "measure", "model_files", "shards", "methods", "ops", "pattern", "stats")},
     "channel_order": {"pattern"},
     "channel_sites": {"hf"},
     "permute": {"channel_order", "channel_sites", "calibrate", "hf", "pattern", "stats"},

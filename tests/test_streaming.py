@@ -1,6 +1,7 @@
 """prune_streaming(): the bits of prune(), a block in memory at a time, whatever ends the run before it is done."""
 
 import errno
+import importlib.metadata
 import shutil
 
 import pytest
@@ -72,6 +73,19 @@ def test_every_kind_of_method_streams(method, source, output):
     prune_streaming(source, output, method, "2:4", batches, skip="*.down_proj")
     loaded = hf.load(output).state_dict()
     assert all(torch.equal(tensor, loaded[key]) for key, tensor in whole.state_dict().items())
+
+
+def test_a_copy_of_the_sources_that_nobody_installed_streams(source, output, monkeypatch):
+    version = importlib.metadata.version
+
+    def installed(name):
+        if name == "sparsekern":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    prune_streaming(source, output, Magnitude(), 0.5)
+    assert output.is_dir()
 
 
 def test_half_precision_keeps_what_transformers_keeps_in_float32(tmp_path, output):
