@@ -27,9 +27,17 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
+
+# an older one stops at the licence's name in pyproject.toml, and says so in two screens
+if int(setuptools.__version__.partition(".")[0]) < 77:
+    raise SystemExit(
+        f"sparsekern is built by setuptools 77 or newer, got {setuptools.__version__}: "
+        f"{sys.executable} -m pip install 'setuptools>=77'"
+    )
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"

@@ -7,9 +7,9 @@
     python bench/gpu.py --tiny                       every stage without a card, at tiny sizes; nothing is timed
 
 The modules are built if they are not there; the tests that need a card run with compute-sanitizer beside them; then
-each stage of card/stages.py times its part in a process of its own, so that none can take the others with it. Rows are
-on the disk a second after they were measured: a run that is cut off keeps what it had. What could not be measured has a
-row with the reason. The last line of stdout is JSON: the files, and how many rows have an error.
+each stage of card/stages.py times its part in a process of its own, so that none can take the others with it. A row is
+on the disk when it is measured: a run that is cut off keeps what it had. What could not be measured has a row with the
+reason. The last line of stdout is JSON: the files, and how many rows have an error.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from card import correctness, report, stages
+from card import correctness, process, report, stages
 from card.record import Json, Record, name_of, where_am_i, with_path
 
 RESULTS = Path(__file__).parent / "results"
@@ -50,7 +50,7 @@ class Worker:
 
     def __post_init__(self) -> None:
         self.rows, writes = os.pipe()
-        self.process = subprocess.Popen(
+        self.process = process.start(
             [*self.command, "--pipe", str(writes)],
             stdin=subprocess.PIPE,
             stdout=sys.stderr,
@@ -69,25 +69,26 @@ class Worker:
             # it died while it imported; its exit status says so
             pass
         rest = b""
-        while True:
-            left = until + GRACE_SECONDS - time.time()
-            ready, _, _ = select.select([self.rows], [], [], max(left, 0))
-            if not ready:
-                self.process.kill()
-                yield {"killed": f"stopped {GRACE_SECONDS:.0f} s after its time was over"}
-                break
-            some = os.read(self.rows, 1 << 16)
-            if not some:
-                break
-            *lines, rest = (rest + some).split(b"\n")
-            yield from map(json.loads, lines)
-        self.process.wait()
-        os.close(self.rows)
+        try:
+            while True:
+                left = until + GRACE_SECONDS - time.time()
+                ready, _, _ = select.select([self.rows], [], [], max(left, 0))
+                if not ready:
+                    yield {"killed": f"stopped {GRACE_SECONDS:.0f} s after its time was over"}
+                    break
+                some = os.read(self.rows, 1 << 16)
+                if not some:
+                    # it says no more; a card that hangs may keep it from ending
+                    process.wait(self.process, time.monotonic() + GRACE_SECONDS)
+                    break
+                *lines, rest = (rest + some).split(b"\n")
+                yield from map(json.loads, lines)
+        finally:
+            self.stop()
 
     def stop(self) -> None:
-        """End it without having used it."""
-        self.process.kill()
-        self.process.wait()
+        """End it, used or not."""
+        process.stop(self.process)
         os.close(self.rows)
 
 
@@ -147,7 +148,7 @@ def measure_tiny(record: Record, chosen: list[stages.Stage]) -> None:
             pass
 
     for stage in chosen:
-        setting = Setting("cpu", True, time.time() + 600)
+        setting = Setting("cpu", tiny=True, timed=False, until=time.time() + 600)
         work(stage.name, stages.cases_of(stage, setting), setting, 0, Rows())
 
 
@@ -168,7 +169,7 @@ def work_as(stage: str, device: str, pipe: int) -> int:
     order = json.loads(sys.stdin.readline() or '{"first": 0, "until": 0}')
     if device != "cpu":
         torch.cuda.set_device(device)
-    setting = Setting(device, False, order["until"])
+    setting = Setting(device, tiny=False, timed=True, until=order["until"])
     with os.fdopen(pipe, "w") as to:
         return work(stage, stages.cases_of(found, setting), setting, order["first"], to)
 
@@ -221,6 +222,14 @@ def run(chosen: argparse.Namespace, start: float) -> int:
     if not chosen.tiny and not where["gpu"]:
         print(f"no card was found: {where.get('error') or 'torch sees no CUDA device'}", file=sys.stderr)
         return 1
+    if (
+        wants_checks(chosen)
+        and not chosen.tiny
+        and correctness.why_not_built()
+        and (lacking := correctness.why_not_buildable())
+    ):
+        print(f"the compiled modules are not there and cannot be built: {lacking}", file=sys.stderr)
+        return 1
     with tempfile.TemporaryDirectory() as nowhere:
         folder = chosen.output or (Path(nowhere) if chosen.tiny else RESULTS)
         folder.mkdir(parents=True, exist_ok=True)
@@ -228,10 +237,14 @@ def run(chosen: argparse.Namespace, start: float) -> int:
         return fill(Record(folder / f"{name}.json", where, chosen.tiny), wanted, chosen, start)
 
 
+def wants_checks(chosen: argparse.Namespace) -> bool:
+    return not chosen.only or "checks" in chosen.only
+
+
 def fill(record: Record, wanted: list[stages.Stage], chosen: argparse.Namespace, start: float) -> int:
     """Check, measure, and write what was found."""
-    only, scale = set(chosen.only or ()), chosen.seconds / stages.DEFAULT_SECONDS
-    if not only or "checks" in only:
+    scale = chosen.seconds / stages.DEFAULT_SECONDS
+    if wants_checks(chosen):
         check(record, BUILD_SECONDS * scale, TEST_SECONDS * scale, chosen.tiny)
     if chosen.tiny:
         measure_tiny(record, wanted)
@@ -239,8 +252,9 @@ def fill(record: Record, wanted: list[stages.Stage], chosen: argparse.Namespace,
         measure(record, wanted, chosen.device, start + chosen.seconds, scale)
     record.seconds = round(time.time() - start, 1)
     record.write()
+    # before the page and the drawings: both can be made again from the file
+    print(report.block(record.to_json()), flush=True)
     files = [record.path, *report.write(record.to_json(), record.path)]
-    print(report.block(record.to_json()))
     print(json.dumps({"files": [path.name for path in files], **counts(record.rows)}))
     return 0
 
@@ -249,7 +263,7 @@ def counts(rows: Iterable[Json]) -> Json:
     rows = list(rows)
     return {
         "rows": len(rows),
-        "with_an_error": sum("error" in row for row in rows),
+        "with_an_error": sum("error" in row or bool(row.get("errors")) for row in rows),
         "left_out": sum("left_out" in row for row in rows),
     }
 

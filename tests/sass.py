@@ -73,7 +73,9 @@ def _read(tool: Path, *arguments: object) -> str:
 def architectures(tool: Path, module: Path) -> tuple[set[str], set[str]]:
     """Those with machine code that has kernels, and those with PTX."""
     # not from its list of files: cuobjdump 12.8 leaves the a of sm_90a out of their names
-    found = re.findall(r"^Fatbin (elf|ptx) code:\n=+\narch = (sm_\w+)$", _read(tool, "-res-usage", module), re.MULTILINE)
+    found = re.findall(
+        r"^Fatbin (elf|ptx) code:\n=+\narch = (sm_\w+)$", _read(tool, "-res-usage", module), re.MULTILINE
+    )
     return tuple({arch for kind, arch in found if kind == wanted} for wanted in ("elf", "ptx"))
 
 

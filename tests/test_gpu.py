@@ -1,6 +1,8 @@
 """bench/gpu.py without a card: lost and hanging processes, how a row is timed, what is made of the rows."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -65,6 +67,56 @@ def test_a_process_that_hangs_is_stopped_and_what_it_had_is_kept(monkeypatch):
     assert "stopped" in rows[1]["error"]
 
 
+def test_what_a_process_has_started_ends_with_it(tmp_path):
+    """compute-sanitizer's program would stay on the card, and a compiler beside what is timed."""
+    from card import process
+
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-uc', 'import time; print(1); time.sleep(600)'])"
+    read, write = os.pipe()
+    started = process.start([sys.executable, "-c", child], stdout=write)
+    os.close(write)
+    assert os.read(read, 1) == b"1"
+    assert process.wait(started, time.monotonic() + 0.1)
+    assert started.returncode == -9
+    # nobody holds the other end any more
+    with os.fdopen(read) as rest:
+        assert rest.read() == "\n"
+    process.stop(started)
+
+
+def test_a_command_that_does_not_answer_is_given_up(monkeypatch):
+    from card import record
+
+    monkeypatch.setattr(record, "ANSWER_SECONDS", 0.5)
+    status, said, why = record.answer([sys.executable, "-c", "import time; time.sleep(60)"])
+    assert (status, said) == (124, "")
+    assert "did not end within" in why
+    assert record.answer(["no-such-program-anywhere"])[0] == 127
+
+
+@pytest.mark.parametrize(
+    ("versions", "words"),
+    [
+        ({"setuptools": "65.5.0"}, "setuptools must be 77 or newer, got 65.5.0: .* -m pip install 'setuptools>=77'"),
+        ({"pybind11": None}, "pybind11 not installed: .* -m pip install pybind11"),
+        ({"setuptools": None, "ninja": None}, "setuptools and ninja not installed: .* install setuptools ninja"),
+    ],
+    ids=["old setuptools", "no pybind11", "two missing"],
+)
+def test_a_card_without_the_tools_to_build_is_told_at_once(versions, words, monkeypatch, capsys, tmp_path):
+    import gpu
+    from card import correctness
+
+    there = {"setuptools": "81.0.0", "pybind11": "3.0.1", "ninja": "1.13"}
+    monkeypatch.setattr(correctness, "version", lambda name: (there | versions)[name])
+    monkeypatch.setattr(correctness.shutil, "which", lambda name: None)
+    monkeypatch.setattr(correctness, "why_not_built", lambda: "it was not built")
+    monkeypatch.setattr(gpu, "where_am_i", lambda commit: {"gpu": "a card", "date": "2026-11-30"})
+    assert gpu.main(["--output", str(tmp_path / "out")]) == 1
+    assert re.search(words, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_case_that_fails_is_a_row_and_the_others_run(tmp_path):
     from card.worker import Case, Setting, work
 
@@ -82,13 +134,13 @@ def test_a_case_that_fails_is_a_row_and_the_others_run(tmp_path):
             pass
 
     cases = [Case("fails", fails), Case("works", lambda: [{"done": 2}])]
-    assert work("stage", cases, Setting("cpu", True, time.time() + 60), 0, Pipe()) == 0
+    assert work("stage", cases, Setting("cpu", True, False, time.time() + 60), 0, Pipe()) == 0
     rows = [line["row"] for line in lines if "row" in line]
     assert rows[0] == {"stage": "stage", "case": "fails", "done": 1}
     assert rows[1]["error"] == "RuntimeError: no such thing"
     assert rows[2] == {"stage": "stage", "case": "works", "done": 2}
     lines.clear()
-    work("stage", cases, Setting("cpu", True, time.time() - 1), 0, Pipe())
+    work("stage", cases, Setting("cpu", True, False, time.time() - 1), 0, Pipe())
     assert lines[0]["row"]["left_out"] == "time over before 2 cases"
 
 
@@ -121,7 +173,7 @@ def test_a_row_alternates_replays_of_graphs_and_divides_by_their_calls(monkeypat
         raise ValueError("shape")
 
     variants = {"a": lambda number: "a", "b": lambda number: "refuses", "c": raises}
-    timed = clock.time_variants(variants, "a", Setting("cpu", False, 0), calls=4, rounds=10, seconds=1.0)
+    timed = clock.time_variants(variants, "a", Setting("cpu", True, True, 0), calls=4, rounds=10, seconds=1.0)
     assert graphs["a"].replays >= 10
     # a replay of four calls takes 1 ms
     assert 0.2e-3 < timed.latencies["a"].median < 0.9e-3
@@ -280,7 +332,7 @@ def test_one_forward_pass_goes_where_the_one_before_it_went_and_sees_what_is_cac
 
     from sparsekern import shapes
 
-    dense = model.random_model(shapes.find("tiny"), Setting("cpu", True, 0)).float()
+    dense = model.random_model(shapes.find("tiny"), Setting("cpu", True, False, 0)).float()
     step = model.Step(dense, 2, 5)
     first = step()
     with torch.no_grad():

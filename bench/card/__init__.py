@@ -3,6 +3,7 @@
 stages       what there is to run and in which order; a stage is a list of cases
 worker       the process that runs a stage's cases and hands its rows over
 record       the rows, kept in a file as they come
+process      other programs, and how they are stopped
 clock        how a call is timed on a card: captured, rotated, alternating
 correctness  the build, the tests on the card, compute-sanitizer
 sanitized    what compute-sanitizer watches

@@ -5,16 +5,18 @@ copy's bandwidth that is. What asks the card a question on the way (is it 2:4? f
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from card.clock import time_variants
 from card.layers import keep_two_of_four, prune_at_random, random_weight
-from card.worker import Case, Json, Setting
+from card.worker import Case, Json, Setting, errors_of
 from sparsekern import ops
 from sparsekern.formats import Bitmap, SemiStructured
 from sparsekern.ops import LINEAR_KERNELS
+from sparsekern.ops.kernel import Kernel
 from sparsekern.pattern import NM, Unstructured
 
 SHAPES = ((14336, 4096), (4096, 4096))
@@ -53,15 +55,17 @@ def measure(format: type, shape: tuple[int, int], setting: Setting) -> Iterator[
         "to_dense": both,
         "validate": packed.nbytes,
     }
-    seen = set()
+    seen, wrong = set(), {}
     for kernel in LINEAR_KERNELS[format]:
         # two kernels may read the same order
         if kernel.name == "reference" or kernel.prepare in seen or kernel.refuses(packed):
             continue
         seen.add(kernel.prepare)
-        operands = kernel.prepare(packed)
-        if not torch.equal(_expand(kernel, operands, shape), pruned):
-            raise RuntimeError(f"{format.name} {kernel.name}: the expanded weight is another one")
+        made: list[tuple[Tensor, ...]] = []
+        if failed := dict(errors_of({kernel.name: partial(_prepare, kernel, packed, pruned, made)})):
+            wrong |= failed
+            continue
+        operands = made[0]
         variants |= {
             f"{kernel.name} prepare": lambda _, kernel=kernel: kernel.prepare(packed),
             f"{kernel.name} restore": lambda _, kernel=kernel, operands=operands: kernel.restore(operands, *shape),
@@ -73,16 +77,25 @@ def measure(format: type, shape: tuple[int, int], setting: Setting) -> Iterator[
             f"{kernel.name} restore": packed.nbytes + nbytes,
             f"{kernel.name} expand": pruned.nbytes + nbytes,
         }
-    timed = time_variants(variants, "copy", setting, seconds=4.0, capture=False)
+    timed = time_variants(variants, "copy", setting, seconds=4.0, capture=False).to_json()
+    timed["errors"] = {**wrong, **timed["errors"]}
     yield {
         "format": format.name,
         "out_features": shape[0],
         "in_features": shape[1],
         "dtype": str(weight.dtype).removeprefix("torch."),
         "work": work,
-        **timed.to_json(),
+        **timed,
     }
 
 
-def _expand(kernel, operands: tuple[Tensor, ...], shape: tuple[int, int]) -> Tensor:
+def _prepare(kernel: Kernel, packed: SemiStructured | Bitmap, pruned: Tensor, to: list[tuple[Tensor, ...]]) -> None:
+    """Add what the kernel reads. Raises RuntimeError unless it is the weight that was packed."""
+    operands = kernel.prepare(packed)
+    if not torch.equal(_expand(kernel, operands, pruned.shape), pruned):
+        raise RuntimeError("the expanded weight is another one")
+    to.append(operands)
+
+
+def _expand(kernel: Kernel, operands: tuple[Tensor, ...], shape: tuple[int, int]) -> Tensor:
     return kernel.dense(operands, *shape)

@@ -8,12 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from card.record import Json, with_path
+from card import process
+from card.record import Json, answer, version, with_path
 
 ROOT = Path(__file__).parents[2]
 WHY_NOT = "from sparsekern.ops import compiled; print(compiled.why_not('cuda') or compiled.why_not('cpu') or '')"
@@ -27,7 +29,11 @@ SUITES = {
 }
 # alone: it takes the card's memory
 AFTER = {"tests/on_card, more than 2^31 elements": [LARGE]}
+# of the time, for what runs at once; the rest is left to what comes after
+SHARE_OF_TIME = 0.75
 TOOLS = ("memcheck", "racecheck")
+# before it a licence's name in pyproject.toml is refused
+SETUPTOOLS = 77
 OUTCOME = re.compile(r"^(\S+::.+?) (PASSED|FAILED|SKIPPED|ERROR|XFAIL)\b", re.MULTILINE)
 
 
@@ -40,13 +46,11 @@ def build(seconds: float, capability: list[int] | None = None) -> Iterator[Json]
     before, log = why_not_built(), ""
     if before:
         command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, env=for_card(capability), capture_output=True, text=True, timeout=max(seconds, 1)
-            )
-            log = done.stdout + done.stderr
-        except subprocess.TimeoutExpired:
-            log = f"the build was stopped after {seconds:.0f} s"
+        with tempfile.TemporaryFile("w+", errors="replace") as to:
+            building = process.start(command, cwd=ROOT, env=for_card(capability), stdout=to, stderr=subprocess.STDOUT)
+            cut = process.wait(building, start + seconds)
+            to.seek(0)
+            log = f"the build was stopped after {seconds:.0f} s" if cut else to.read()
     missing = why_not_built() if before else ""
     row = {"stage": "build", "built_now": bool(before), "took": round(time.monotonic() - start, 1)}
     yield {**row, "error": f"{missing}; {log[-1500:]}"} if missing else row
@@ -62,13 +66,27 @@ def for_card(capability: list[int] | None) -> dict[str, str]:
 
 def why_not_built() -> str:
     """Empty when both modules can be loaded."""
-    asked = subprocess.run([sys.executable, "-c", WHY_NOT], cwd=ROOT, capture_output=True, text=True, env=with_path())
-    return asked.stdout.strip() if asked.returncode == 0 else asked.stderr.strip()[-500:]
+    status, said, why = answer([sys.executable, "-c", WHY_NOT], cwd=ROOT, env=with_path())
+    return said.strip() if status == 0 else why.strip()[-500:]
+
+
+def why_not_buildable() -> str | None:
+    """What this Python or this machine lacks to build the modules, and what to do; None where nothing is missing."""
+    found = {"setuptools": version("setuptools"), "pybind11": version("pybind11")}
+    found["ninja"] = version("ninja") or shutil.which("ninja")
+    if missing := [name for name, there in found.items() if not there]:
+        return f"{' and '.join(missing)} not installed: {sys.executable} -m pip install {' '.join(missing)}"
+    if int(found["setuptools"].partition(".")[0]) < SETUPTOOLS:
+        remedy = f"{sys.executable} -m pip install 'setuptools>={SETUPTOOLS}'"
+        return f"setuptools must be {SETUPTOOLS} or newer, got {found['setuptools']}: {remedy}"
+    if not Path(include := sysconfig.get_path("include"), "Python.h").exists():
+        return f"Python.h is not in {include}: install this Python's headers"
+    return None
 
 
 def run(seconds: float, tiny: bool) -> Iterator[Json]:
     """A row a suite and a row a tool. What is not done in time is stopped, and the row says how far it came."""
-    until = time.monotonic() + seconds
+    begun = time.monotonic()
     sanitizer = shutil.which("compute-sanitizer")
     running: list[tuple[str, str, subprocess.Popen, Path]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -76,10 +94,8 @@ def run(seconds: float, tiny: bool) -> Iterator[Json]:
         def start(kind: str, name: str, command: list[str], **more: str) -> None:
             log = Path(folder, f"{len(running)}.log")
             with log.open("wb") as to:
-                process = subprocess.Popen(
-                    command, cwd=ROOT, stdout=to, stderr=subprocess.STDOUT, env=with_path() | more
-                )
-            running.append((kind, name, process, log))
+                started = process.start(command, cwd=ROOT, stdout=to, stderr=subprocess.STDOUT, env=with_path() | more)
+            running.append((kind, name, started, log))
 
         pytest = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider"]
         for name, suite in SUITES.items():
@@ -97,33 +113,26 @@ def run(seconds: float, tiny: bool) -> Iterator[Json]:
                 flags = ["--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9"]
                 # every tensor its own allocation, so that an access beyond it is seen
                 start("sanitizer", tool, [sanitizer, *flags, *script], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        yield from _ended(running, until)
+        yield from _ended(running, begun + SHARE_OF_TIME * seconds)
         running.clear()
         for name, suite in () if tiny else AFTER.items():
             start("tests", name, [*pytest, *suite])
-        yield from _ended(running, until)
+        yield from _ended(running, begun + seconds)
 
 
 def _ended(running: list[tuple[str, str, subprocess.Popen, Path]], until: float) -> Iterator[Json]:
     """A row for each process, when it is done or its time is over."""
-    for kind, name, process, log in running:
-        cut = _wait(process, until)
-        text = log.read_text(errors="replace")
-        yield {"stage": kind, "what": name, **(_tests if kind == "tests" else _sanitizer)(text, process, cut)}
-
-
-def _wait(process: subprocess.Popen, until: float) -> bool:
-    """True when it had to be stopped."""
     try:
-        process.wait(max(until - time.monotonic(), 0.1))
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        return True
-    return False
+        for kind, name, started, log in running:
+            cut = process.wait(started, until)
+            text = log.read_text(errors="replace")
+            yield {"stage": kind, "what": name, **(_tests if kind == "tests" else _sanitizer)(text, started, cut)}
+    finally:
+        for _, _, started, _ in running:
+            process.stop(started)
 
 
-def _tests(text: str, process: subprocess.Popen, cut: bool) -> Json:
+def _tests(text: str, done: subprocess.Popen, cut: bool) -> Json:
     outcomes = OUTCOME.findall(text)
     names = {"PASSED": "passed", "FAILED": "failed", "SKIPPED": "skipped", "ERROR": "in_error"}
     row: Json = {name: sum(outcome == word for _, outcome in outcomes) for word, name in names.items()}
@@ -133,19 +142,19 @@ def _tests(text: str, process: subprocess.Popen, cut: bool) -> Json:
     row["skips"] = [line for line in text.splitlines() if line.startswith("SKIPPED ")][:40]
     if cut:
         row["error"] = f"stopped when its time was over, after {len(outcomes)} tests"
-    elif process.returncode not in (0, 1, 5):
-        row["error"] = f"pytest ended with {process.returncode}: {text[-1500:]}"
+    elif done.returncode not in (0, 1, 5):
+        row["error"] = f"pytest ended with {done.returncode}: {text[-1500:]}"
     elif bad:
         row["error"] = f"{len(bad)} tests fail"
     return row
 
 
-def _sanitizer(text: str, process: subprocess.Popen, cut: bool) -> Json:
-    done = re.findall(r"^checked (.+)$", text, re.MULTILINE)
+def _sanitizer(text: str, done: subprocess.Popen, cut: bool) -> Json:
+    checked = re.findall(r"^checked (.+)$", text, re.MULTILINE)
     summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", text)
-    row: Json = {"checked": len(done), "summary": summary[-1] if summary else None}
+    row: Json = {"checked": len(checked), "summary": summary[-1] if summary else None}
     if cut:
-        row["error"] = f"stopped when its time was over, behind {done[-1] if done else 'nothing'}"
-    elif process.returncode:
-        row["error"] = f"exit status {process.returncode}: {text[-1500:]}"
+        row["error"] = f"stopped when its time was over, behind {checked[-1] if checked else 'nothing'}"
+    elif done.returncode:
+        row["error"] = f"exit status {done.returncode}: {text[-1500:]}"
     return row

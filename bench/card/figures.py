@@ -39,7 +39,7 @@ def layers(rows: list[Json], where: Json, path: Path) -> None:
             points = [(row["tokens"], ratio) for row in here if (ratio := row["speedup"].get(name, {}).get("median"))]
             if points:
                 style = LINES.get(kernel, "-")
-                axes.plot(*zip(*points, strict=True), style, marker=".", color=COLOURS.get(label), label=name)
+                axes.plot(*zip(*sorted(points), strict=True), style, marker=".", color=COLOURS.get(label), label=name)
         axes.axhline(1, color="grey", linewidth=0.8)
         axes.set_xscale("log", base=2)
         axes.set_xlabel("tokens")

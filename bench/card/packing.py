@@ -2,17 +2,18 @@
 
 Captured, so that neither the host nor what is asked of the card on the way counts. Beside each time stand the bytes
 that the kernel must read and write once; a bitmap's dense weight is read by two kernels, each of which counts it.
-Torch's operations that do the same stand beside them.
+Torch's operations that do the same stand beside them. A kernel whose results are not the reference's is not timed.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from card.clock import time_variants
 from card.layers import keep_two_of_four, prune_at_random, random_weight
-from card.worker import Case, Json, Setting
+from card.worker import Case, Json, Setting, errors_of
 from sparsekern.formats import Bitmap, SemiStructured
 from sparsekern.ops import bitmap_fragments, compiled, fragments_24, keep_largest
 
@@ -21,7 +22,25 @@ TORCH = "torch "
 # of a row: torch's operations take milliseconds
 MOST_SECONDS = 3.0
 OPS = torch.ops.sparsekern
-Variants = dict[str, tuple[Callable[[], object], int]]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """nbytes: read and written once. expected: its first results; () where it is the reference."""
+
+    call: Callable[[], object]
+    nbytes: int
+    expected: tuple[Tensor, ...] = ()
+
+    def check(self) -> None:
+        """Raises RuntimeError unless its results are those expected."""
+        found = self.call() if self.expected else ()
+        for got, wanted in zip((found,) if isinstance(found, Tensor) else found, self.expected, strict=False):
+            if not torch.equal(got, wanted):
+                raise RuntimeError(f"the result [{', '.join(map(str, got.shape))}] is not the reference's")
+
+
+Variants = dict[str, Variant]
 
 
 def cases(setting: Setting) -> Iterator[Case]:
@@ -37,18 +56,19 @@ def measure(name: str, variants: Callable, shape: tuple[int, int], setting: Sett
     """One row: each variant's time and bytes."""
     weight = random_weight(shape, setting)
     target = torch.empty_like(weight)
-    found: Variants = {"copy": (lambda: target.copy_(weight), 2 * weight.nbytes)}
+    found: Variants = {"copy": Variant(lambda: target.copy_(weight), 2 * weight.nbytes)}
     found |= variants(weight, setting.device == "cpu" or compiled.why_not("cuda") is not None)
-    timed = time_variants(
-        {each: lambda _, call=call: call() for each, (call, _) in found.items()}, "copy", setting, seconds=MOST_SECONDS
-    )
+    wrong = dict(errors_of({each: variant.check for each, variant in found.items()}))
+    calls = {each: lambda _, variant=variant: variant.call() for each, variant in found.items() if each not in wrong}
+    timed = time_variants(calls, "copy", setting, seconds=MOST_SECONDS).to_json()
+    timed["errors"] = {**wrong, **timed["errors"]}
     yield {
         "format": name,
         "out_features": shape[0],
         "in_features": shape[1],
         "dtype": str(weight.dtype).removeprefix("torch."),
-        "work": {each: nbytes for each, (_, nbytes) in found.items()},
-        **timed.to_json(),
+        "work": {each: variant.nbytes for each, variant in found.items()},
+        **timed,
     }
 
 
@@ -60,32 +80,29 @@ def of_24(weight: Tensor, without_kernels: bool) -> Variants:
     kept = torch.full((1,), 2, device=weight.device).expand(len(saliency))
     mask_bytes, pack_bytes = saliency.nbytes + saliency.numel(), dense.nbytes + packed.nbytes
     variants: Variants = {
-        f"{TORCH}mask": (lambda: keep_largest.reference(saliency, kept), mask_bytes),
-        f"{TORCH}pack": (lambda: SemiStructured.pack(dense), pack_bytes),
-        f"{TORCH}unpack": (packed.to_dense, pack_bytes),
+        f"{TORCH}mask": Variant(lambda: keep_largest.reference(saliency, kept), mask_bytes),
+        f"{TORCH}pack": Variant(lambda: SemiStructured.pack(dense), pack_bytes),
+        f"{TORCH}unpack": Variant(packed.to_dense, pack_bytes),
     }
     if without_kernels:
         return variants
     operands = fragments_24.reference(packed)
     order_bytes = sum(operand.nbytes for operand in operands)
     kernels: Variants = {
-        "mask": (lambda: OPS.keep_largest(saliency, kept), mask_bytes),
-        "pack": (lambda: OPS.pack_24(dense), pack_bytes),
-        "unpack": (lambda: OPS.unpack_24(packed.values, packed.metadata, dense.shape[1]), pack_bytes),
-        "fragments": (
+        "mask": Variant(
+            lambda: OPS.keep_largest(saliency, kept), mask_bytes, (keep_largest.reference(saliency, kept),)
+        ),
+        "pack": Variant(lambda: OPS.pack_24(dense), pack_bytes, (packed.values, packed.metadata)),
+        "unpack": Variant(lambda: OPS.unpack_24(packed.values, packed.metadata, dense.shape[1]), pack_bytes, (dense,)),
+        "fragments": Variant(
             lambda: OPS.fragments_24(packed.values, packed.metadata, dense.shape[1]),
             packed.nbytes + order_bytes,
+            operands,
         ),
-        "fragments to dense": (
-            lambda: OPS.fragments_24_to_dense(*operands, *dense.shape),
-            order_bytes + dense.nbytes,
+        "fragments to dense": Variant(
+            lambda: OPS.fragments_24_to_dense(*operands, *dense.shape), order_bytes + dense.nbytes, (dense,)
         ),
     }
-    agree(kernels["mask"], keep_largest.reference(saliency, kept))
-    agree(kernels["pack"], packed.values, packed.metadata)
-    agree(kernels["unpack"], dense)
-    agree(kernels["fragments"], *operands)
-    agree(kernels["fragments to dense"], dense)
     return kernels | variants
 
 
@@ -95,8 +112,8 @@ def of_bitmap(weight: Tensor, without_kernels: bool) -> Variants:
     packed = Bitmap.pack(dense)
     both = dense.nbytes + packed.nbytes
     variants: Variants = {
-        f"{TORCH}pack": (lambda: Bitmap.pack(dense), both),
-        f"{TORCH}unpack": (packed.to_dense, both),
+        f"{TORCH}pack": Variant(lambda: Bitmap.pack(dense), both),
+        f"{TORCH}unpack": Variant(packed.to_dense, both),
     }
     if without_kernels:
         return variants
@@ -104,34 +121,25 @@ def of_bitmap(weight: Tensor, without_kernels: bool) -> Variants:
     masks, cells, quad_rows, capacity = operands = bitmap_fragments.reference(packed)
     quads = quad_rows.diff()
     kernels: Variants = {
-        "bits": (lambda: OPS.bitmap_bits(dense), dense.nbytes + bits.nbytes + offsets.nbytes),
-        "values": (lambda: OPS.bitmap_values(dense, bits, offsets, len(values)), both),
-        "unpack": (lambda: OPS.bitmap_to_dense(values, bits, offsets, dense.shape[1]), both),
-        "masks": (
+        "bits": Variant(
+            lambda: OPS.bitmap_bits(dense), dense.nbytes + bits.nbytes + offsets.nbytes, (bits, offsets.diff())
+        ),
+        "values": Variant(lambda: OPS.bitmap_values(dense, bits, offsets, len(values)), both, (values,)),
+        "unpack": Variant(lambda: OPS.bitmap_to_dense(values, bits, offsets, dense.shape[1]), both, (dense,)),
+        "masks": Variant(
             lambda: OPS.bitmap_fragments_masks(bits, dense.shape[1]),
             bits.nbytes + masks.nbytes + quads.nbytes,
+            (masks, quads),
         ),
-        "cells": (
+        "cells": Variant(
             lambda: OPS.bitmap_fragments_cells(dense, masks, quad_rows, len(cells)),
             dense.nbytes + masks.nbytes + cells.nbytes,
+            (cells,),
         ),
-        "fragments to dense": (
+        "fragments to dense": Variant(
             lambda: bitmap_fragments.to_dense(operands, *dense.shape),
             masks.nbytes + cells.nbytes + dense.nbytes,
+            (dense,),
         ),
     }
-    agree(kernels["bits"], bits, offsets.diff())
-    agree(kernels["values"], values)
-    agree(kernels["unpack"], dense)
-    agree(kernels["masks"], masks, quads)
-    agree(kernels["cells"], cells)
-    agree(kernels["fragments to dense"], dense)
     return kernels | variants
-
-
-def agree(variant: tuple[Callable[[], object], int], *expected: Tensor) -> None:
-    """Raises RuntimeError unless a kernel's first results are these."""
-    found = variant[0]()
-    for got, wanted in zip((found,) if isinstance(found, Tensor) else found, expected, strict=False):
-        if not torch.equal(got, wanted):
-            raise RuntimeError(f"a kernel's result [{', '.join(map(str, got.shape))}] is not the reference's")

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
@@ -12,7 +11,8 @@ from pathlib import Path
 
 Json = dict[str, object]
 
-WRITE_EVERY_S = 1.0
+# importing torch on a cold disk takes half of it; a card that hangs takes longer
+ANSWER_SECONDS = 90.0
 MACHINE = """
 import json, torch
 from sparsekern.measure import machine
@@ -38,20 +38,17 @@ class Record:
     tiny: bool
     rows: list[Json] = field(default_factory=list)
     seconds: float | None = None
-    _written: float = 0.0
 
     def add(self, row: Json) -> None:
-        """Keep a row; it is on the disk a second later."""
+        """Keep a row, on the disk too."""
         self.rows.append(row)
-        if time.monotonic() - self._written > WRITE_EVERY_S:
-            self.write()
+        self.write()
 
     def write(self) -> None:
         """Put everything on the disk: the old file or the new one, never a part of it."""
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(self.to_json(), indent=1) + "\n")
         partial.replace(self.path)
-        self._written = time.monotonic()
 
     def to_json(self) -> Json:
         return {"gpu": "sparsekern", "tiny": self.tiny, "where": self.where, "seconds": self.seconds, "rows": self.rows}
@@ -65,14 +62,25 @@ def name_of(where: Json) -> str:
 
 def where_am_i(commit: str | None = None) -> Json:
     """What the numbers depend on. Asked in a process of its own, so that this one holds no memory of the card."""
-    asked = subprocess.run([sys.executable, "-c", MACHINE], capture_output=True, text=True, env=with_path())
-    facts = json.loads(asked.stdout) if asked.returncode == 0 else {"gpu": None, "error": asked.stderr[-2000:]}
+    status, said, why = answer([sys.executable, "-c", MACHINE], env=with_path())
+    facts = json.loads(said) if status == 0 else {"gpu": None, "error": why[-2000:]}
     facts["driver"] = _driver()
-    facts["triton"] = _version("triton")
-    facts["transformers"] = _version("transformers")
+    facts["triton"] = version("triton")
+    facts["transformers"] = version("transformers")
     facts["commit"] = commit or facts.get("commit")
     facts["date"] = datetime.now(timezone.utc).date().isoformat()
     return facts
+
+
+def answer(command: list[str], **options: object) -> tuple[int, str, str]:
+    """The exit status, stdout and stderr of a short command; 124 and the reason of one that does not end."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, **options)
+    except subprocess.TimeoutExpired:
+        return 124, "", f"{command[0]} did not end within {ANSWER_SECONDS:.0f} s"
+    except OSError as error:
+        return 127, "", f"{command[0]}: {error.strerror}"
+    return done.returncode, done.stdout, done.stderr
 
 
 def with_path() -> dict[str, str]:
@@ -81,7 +89,8 @@ def with_path() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of an installed package; None without it."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -89,10 +98,5 @@ def _version(package: str) -> str | None:
 
 
 def _driver() -> str | None:
-    try:
-        asked = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-        )
-    except OSError:
-        return None
-    return asked.stdout.split("\n")[0].strip() or None
+    _, said, _ = answer(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    return said.split("\n")[0].strip() or None

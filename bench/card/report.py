@@ -8,6 +8,8 @@ from card.targets import NOT_MEASURED, TARGETS, Json, rate
 
 BASELINE = "F.linear"
 MODEL_PATTERNS = ("2:4", "50%", "60%", "70%")
+# in the block; the page has all of them
+MOST_ERRORS = 12
 
 
 def line(row: Json) -> str:
@@ -38,7 +40,19 @@ def block(data: Json | None) -> str:
     for pattern in ("dense", *MODEL_PATTERNS):
         cells = [_tokens_a_second(passes, pattern, name) for name in ("decode", "prefill")]
         lines.append(f"| {pattern} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    failed = list(dict.fromkeys(errors(rows)))
+    more = [f"- and {len(failed) - MOST_ERRORS} more"] * (len(failed) > MOST_ERRORS)
+    return "\n".join([*lines, *(["", "What failed:", ""] if failed else []), *failed[:MOST_ERRORS], *more])
+
+
+def errors(rows: list[Json]) -> Iterator[str]:
+    """A line for each row that is an error, and for each variant of a row that has one."""
+    for row in rows:
+        name = " ".join(str(row[key]) for key in ("stage", "case", "what") if key in row)
+        for variant, reason in ({"": row["error"]} if "error" in row else row.get("errors", {})).items():
+            # "NAME, captured" was timed as it is launched
+            if not variant.endswith(", captured"):
+                yield f"- {name}{', ' * bool(variant)}{variant}: {str(reason).splitlines()[0][:200]}"
 
 
 def page(data: Json) -> str:
@@ -52,7 +66,7 @@ def page(data: Json) -> str:
     parts += ["", "## Ceilings", "", *_ceilings(rows), ""]
     for stage in dict.fromkeys(row["stage"] for row in rows if "out_features" in row and "tokens" in row):
         parts += [f"## {stage}", "", CELLS, "", *_layers([row for row in rows if row["stage"] == stage], rows)]
-    parts += ["## Conversions, the solver, the model", ""]
+    parts += [*_factored(rows), "## Conversions, the solver, the model", ""]
     parts += [f"- {line(row)}" for row in rows if row["stage"] in ("conversions", "packing", "solver", "model")]
     missing = [row for row in rows if "error" in row or "left_out" in row]
     parts += ["", "## What has no number", "", *(f"- {line(row)}" for row in missing)]
@@ -106,6 +120,17 @@ def _ceilings(rows: list[Json]) -> Iterator[str]:
         yield f"- {name}: " + (f"{value / scale:.2f} {unit}" if value else NOT_MEASURED)
 
 
+def _factored(rows: list[Json]) -> Iterator[str]:
+    """What ops/inverse_cholesky.py should take as the size of a corner on this card."""
+    for row in rows:
+        if row.get("what") == "inverse_cholesky" and "times" in row:
+            yield from (f"## U of a {row['columns']}x{row['columns']} Hessian", "", "| | time |", "|---|---:|")
+            for name in {**row["times"], **row["errors"]}:
+                yield f"| {name} | {_time(row['times'][name]) if name in row['times'] else 'error'} |"
+            fastest = min(row["times"], key=lambda name: row["times"][name]["median"], default=NOT_MEASURED)
+            yield from ("", f"The fastest: {fastest}.", "")
+
+
 def _layers(rows: list[Json], everything: list[Json]) -> Iterator[str]:
     copied = rate(everything, "copy")
     groups: dict[tuple[int, int], list[Json]] = {}
@@ -118,7 +143,7 @@ def _layers(rows: list[Json], everything: list[Json]) -> Iterator[str]:
         yield ""
         yield f"| tokens | {' | '.join(names)} |"
         yield "|---:|" + "---:|" * len(names)
-        for row in group:
+        for row in sorted(group, key=lambda row: row["tokens"]):
             yield f"| {row['tokens']} | {' | '.join(_cell(row, name, copied) for name in names)} |"
         yield ""
         for name, reason in {k: why for row in group for k, why in {**row["refused"], **row["errors"]}.items()}.items():
@@ -129,7 +154,7 @@ def _layers(rows: list[Json], everything: list[Json]) -> Iterator[str]:
 def _cell(row: Json, name: str, copied: float | None) -> str:
     latency = row["times"].get(name)
     if latency is None:
-        return NOT_MEASURED
+        return "error" if name in row["errors"] else NOT_MEASURED
     parts = [_time(latency)]
     if name != BASELINE:
         ratio = row["speedup"].get(name, {}).get("median")

@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TextIO
 
 import torch
@@ -34,18 +34,24 @@ class Case:
 class Setting:
     """How the cases run.
 
-    device  where; "cpu" only when tiny
-    tiny    small sizes, and nothing is timed: it shows that everything runs
+    device  where; "cpu" only when nothing is timed
+    tiny    small sizes: they show that everything runs
+    timed   False: every call is made once and nothing is measured
     until   time.time() from which on no case begins
     """
 
     device: str
     tiny: bool
+    timed: bool
     until: float
 
     @property
     def seconds_left(self) -> float:
         return self.until - time.time()
+
+    def share(self, parts: int) -> "Setting":
+        """The same with one of so many equal parts of the time that is left."""
+        return replace(self, until=time.time() + self.seconds_left / parts)
 
 
 def work(stage: str, cases: Iterable[Case], setting: Setting, first: int, pipe: TextIO) -> int:
