@@ -19,8 +19,8 @@ ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_120")
 REGISTERS = {
     r"linear_24_kernel\w+Li1E": 64,
     r"linear_24_kernel\w+Li2E": 80,
-    r"linear_24_kernel\w+Li4E": 88,
-    r"linear_24_kernel\w+Li8E": 104,
+    r"linear_24_kernel\w+Li4E": 104,
+    r"linear_24_kernel\w+Li8E": 128,
     r"linear_24_prefill_kernel\w+TileILi4E": 254,
     r"linear_24_prefill_kernel\w+TileILi2E\w+Lb1E": 128,
     r"linear_24_prefill_kernel\w+TileILi2E\w+Lb0E": 138,
@@ -37,7 +37,7 @@ LOOPS = [
     # kernel, loop with, dense elements a thread, instructions an element, POPC an element
     (r"linear_24_kernel\w+Li[12]E", "HMMA.SP", 16 * 256 / 32, 1.3, 0),
     (r"linear_24_kernel\w+Li4E", "HMMA.SP", 16 * 256 / 32, 1.6, 0),
-    (r"linear_24_kernel\w+Li8E", "HMMA.SP", 16 * 256 / 32, 2.3, 0),
+    (r"linear_24_kernel\w+Li8E", "HMMA.SP", 16 * 256 / 32, 2.1, 0),
     # a segment of one panel, or of two, with the copies of the next one; 8, 16, 32 and 64 tokens. The loop over 12 rows
     # of cells counts once
     (r"bitmap_fragments_kernel\w+Li1E", "HMMA", 16 * 256 / 32, 4.05, 0),

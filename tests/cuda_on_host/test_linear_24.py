@@ -124,9 +124,10 @@ def test_negative_zeros_are_packed_as_zeros_and_give_positive_ones(on_host):
     assert not y.signbit().any()
 
 
-def test_warps_that_share_x_wait_for_each_other_before_its_next_chunk(on_host):
-    """One multiprocessor takes blocks of 16 warps with outputs of their own, and 5 chunks each."""
-    x, weight, bias = problem(9, 257, 1100, torch.bfloat16)
+@pytest.mark.parametrize("tokens", [9, 24])
+def test_warps_that_share_x_wait_for_each_other_before_its_next_step(on_host, tokens):
+    """One multiprocessor takes blocks of warps with outputs of their own, 17 panels of 5 chunks, or two at a time."""
+    x, weight, bias = problem(tokens, 257, 1100, torch.bfloat16)
     for order in ORDERS:
         y, _ = run(on_host, x, SemiStructured.pack(weight), bias, order=order, multiprocessors=1)
         assert_right(y, x, weight, bias)
@@ -224,7 +225,7 @@ def test_a_weight_that_the_kernel_cannot_serve_is_refused_in_words(monkeypatch):
 @pytest.mark.parametrize("tokens", divisions.TOKENS)
 def test_on_an_h200_every_multiprocessor_has_enough_of_the_weight_under_way(on_host, shape, tokens):
     chunk_bytes = 16 * 256 // 2 * 2 + 512
-    registers = {1: 64, 16: 80, 64: 104}[tokens]
+    registers = {1: 64, 16: 80, 64: 128}[tokens]
     divisions.assert_divided_well(on_host, 4, [tokens, *shape], registers, chunk_bytes, shape[0] * shape[1] * 9 // 8)
 
 
@@ -268,7 +269,7 @@ def test_on_a_card_the_op_keeps_torchs_rules():
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-def test_a_chunk_is_nine_wide_loads_and_an_ldmatrix_for_each_mma(module, arch):
+def test_a_step_is_loaded_wide_and_an_ldmatrix_serves_the_mma_of_each_panel(module, arch):
     tool = sass.cuobjdump()
     if tool is None:
         pytest.skip("no cuobjdump was found, neither a toolkit's nor Triton's")
@@ -278,9 +279,11 @@ def test_a_chunk_is_nine_wide_loads_and_an_ldmatrix_for_each_mma(module, arch):
     for name, kernel in found.items():
         token_tiles = int(re.search(r"Li(\d)E", name).group(1))
         wide = [each for each in kernel.instructions if re.match(r"LDG\.E\.(NA\.)?128\.CONSTANT", each.opcode)]
-        # the first chunk's and the next one's
-        assert len(wide) == 2 * 9
-        assert kernel.count("LDSM.16.M88.4") == kernel.count("HMMA.SP.16832.F32") == 8 * token_tiles
+        panels = 2 if token_tiles >= 4 else 1
+        # the first step's and the next one's; of two panels the metadata are half as wide
+        assert len(wide) == 2 * (9 if panels == 1 else 8)
+        assert kernel.count("HMMA.SP.16832.F32") == 8 * token_tiles
+        assert kernel.count("LDSM.16.M88.4") == 8 * token_tiles // panels
 
 
 @pytest.fixture
