@@ -24,11 +24,13 @@
 
 namespace sparsekern::cuda {
 
-constexpr double kLatencyUs = 1.2;     // of memory under load
-constexpr double kL2OverMemory = 1.3;  // bandwidths
+constexpr double kLatencyUs = 1.2;  // of memory under load
+// Of a multiprocessor, from L2, which follows the clock and not the memory: an H100 and an H200 have the same. 28 were
+// seen on an H100 with nothing else to do (chipsandcheese.com, "Nvidia's H100: Funny L2, and Tons of Bandwidth").
+constexpr double kL2BytesAClock = 24;
 constexpr double kWarpClocks = 3;
 constexpr double kOverlapLost = 0.1;
-constexpr int kMostResident = 8;       // beyond that blocks' own beginnings and ends count
+constexpr int kMostResident = 8;  // beyond that blocks' own beginnings and ends count
 
 struct Card {
   int device, multiprocessors, shared_bytes_per_block, shared_bytes_per_multiprocessor, registers_per_multiprocessor;
@@ -122,7 +124,7 @@ inline double expected_us(const Card& card, const Blocks& blocks) {
   const int64_t together = std::min<int64_t>(blocks.resident, busiest);
   const int64_t waves = (busiest + together - 1) / together;
   const double from_memory = busiest * blocks.memory_bytes, all = from_memory + busiest * blocks.l2_bytes;
-  const double memory_us = from_memory / card.bytes_per_us, l2_us = all / (kL2OverMemory * card.bytes_per_us);
+  const double memory_us = from_memory / card.bytes_per_us, l2_us = all / (kL2BytesAClock * card.clocks_per_us);
   const double in_flight_us = all / (together * blocks.in_flight_bytes) * kLatencyUs;
   const double issue_us = busiest * blocks.instructions /
                           (card.clocks_per_us * std::min(4.0, together * blocks.warps / kWarpClocks));

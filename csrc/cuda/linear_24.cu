@@ -1,25 +1,26 @@
 // linear_24, 1 to 64 tokens: the weight streams through the tensor cores once, at the speed of memory.
 //
-// y^T = W x^T + bias by mma.sp.m16n8k32: its rows are outputs, its columns tokens, so that 8 tokens cost what one does.
-// A warp multiplies steps of 8 tiles: a chunk, 16 outputs x 256 inputs, or from 17 tokens on 32 outputs x 128 inputs. Nine
-// or ten loads a lane, all under way at once, go straight to the registers that mma.sp reads. A block has warps_m x
-// warps_k warps: the former share x, each with outputs of its own, the latter share the outputs, each with every
-// warps_k-th step. Their sums meet in shared memory, in a fixed order. Where that leaves multiprocessors idle, `splits`
-// blocks share the steps of the same outputs; the last one to come adds what they left in `workspace`, again in a fixed
-// order: the same bits every time.
+// y^T = W x^T + bias by mma.sp.m16n8k32: its rows are outputs, its columns tokens, so that 8 tokens cost what one
+// does. A warp multiplies steps of 8 tiles: a chunk, 16 outputs x 256 inputs, or from 17 tokens on 32 outputs x 128
+// inputs. Nine or ten loads a lane, all under way at once, go straight to the registers that mma.sp reads. A block has
+// warps_m x warps_k warps: the former share x, each with outputs of its own, the latter share the outputs, each with
+// every warps_k-th step. Their sums meet in shared memory, in a fixed order. Where that leaves multiprocessors idle,
+// `splits` blocks share the steps of the same outputs; the last one to come adds what they left in `workspace`, again
+// in a fixed order: the same bits every time.
 //
-// x comes a step at a time, row by row, 16 bytes apart from a multiple of 256, where ldmatrix finds B fragments without
-// bank conflicts. There is room for two: while one is multiplied the next one is on its way, so that one barrier a step
-// says both that it has come and that the other is free. Barriers are __syncthreads: of those with a number of their own
-// a Hopper multiprocessor has 64 for all its blocks together. Inputs past the last one are zeros in both.
+// x comes a step at a time, row by row, 16 bytes apart from a multiple of 256, where ldmatrix finds B fragments
+// without bank conflicts. There is room for two: while one is multiplied the next one is on its way, so that one
+// barrier a step says both that it has come and that the other is free. Barriers are __syncthreads: of those with a
+// number of their own a Hopper multiprocessor has 64 for all its blocks together. Inputs past the last one are zeros
+// in both.
 //
-// Bytes: 4608 a step of 4096 weights (1.125 a dense element, 0.5625 of dense bf16), read once, and of x, from L2, 512 for
-// each token and warps_m steps, or 256. Of a warp for a step, at most 158, 156, 194 and 252 instructions up to 8, 16, 32
-// and 64 tokens: 1.2 to 2 of a thread for a dense element, of which an H200 affords 7.8. ldmatrix takes 32, 64, 64 and 128
-// cycles of shared memory, where memory takes some 250 for a step. Registers: 64, 75, 100 and 125 (sm_90a, nvcc 13.0), so
-// 32, 25, 19 and 16 warps on a multiprocessor at most, with 74 KB of weights under way and more, where latency x bandwidth
-// = 0.8 us x 4.3 TB/s / 132 = 26 KB. How the work is divided, division.h decides. All of this is counted, none of it
-// measured.
+// Bytes: 4608 a step of 4096 weights (1.125 a dense element, 0.5625 of dense bf16), read once, and of x, from L2, 512
+// for each token and warps_m steps, or 256. Of a warp for a step, at most 158, 156, 194 and 252 instructions up to 8,
+// 16, 32 and 64 tokens: 1.2 to 2 of a thread for a dense element, of which an H200 affords 7.8. ldmatrix takes 32, 64,
+// 64 and 128 cycles of shared memory, where memory takes some 250 for a step. Registers: 64, 75, 100 and 125 (sm_90a,
+// nvcc 13.0), so 32, 25, 19 and 16 warps on a multiprocessor at most, with 74 KB of weights under way and more, where
+// latency x bandwidth = 0.8 us x 4.3 TB/s / 132 = 26 KB. How the work is divided, division.h decides. All of this is
+// counted, none of it measured.
 
 #include <algorithm>
 #include <cstddef>
@@ -36,7 +37,7 @@ constexpr int kPieceInputs = 8;                   // 16 bytes
 constexpr int kSelectors = 2;                     // tiles whose positions share a register
 constexpr int kResultFloats = 32 * 4;             // a warp's sums of 16 outputs x 8 tokens
 
-// Warps of a block at most, and blocks of so many that a multiprocessor must have room for: 64 or 128 registers a thread.
+// Warps of a block at most, and blocks of so many that a multiprocessor must have room for: 64 or 128 registers.
 constexpr int kMaxWarps = 16;
 constexpr int blocks_by_bounds(int token_tiles) { return token_tiles == 1 ? 2 : 1; }
 // The most registers that a thread has (tests/test_cuda_module.py), given out by eights.
@@ -330,12 +331,12 @@ int64_t partial_bytes(const Division& division, int64_t tokens, int64_t panels) 
   return division.splits * groups_of(division, tokens, panels) * sums_bytes(division, tokens) / division.warps_k;
 }
 
-// Of a warp for a step: the time of as many instructions as shared memory takes for its ldmatrix, in which four a clock
-// could be issued: 512 bytes at 128 a clock for each tile of tokens and tile of inputs. There are fewer
-// (tests/test_cuda_module.py).
-double instructions_of(int64_t tokens) {
+// Of a warp for a step: instructions (tests/test_cuda_module.py), and cycles of shared memory for its ldmatrix, 512 bytes
+// for each tile of tokens and of inputs.
+constexpr double instructions_of(int token_tiles) { return token_tiles <= 2 ? 158 : 110 + 20.0 * token_tiles; }
+double ldmatrix_clocks_of(int64_t tokens) {
   const int token_tiles = (x_rows(static_cast<int>(tokens)) + kTileTokens - 1) / kTileTokens;
-  return 128.0 * token_tiles / panels_of_tokens(tokens);
+  return 32.0 * token_tiles / panels_of_tokens(tokens);
 }
 
 // The blocks of a division, for the formula of division.h. A warp has asked for one step and the x of it, and goes on
@@ -353,9 +354,10 @@ Blocks blocks_of(const Division& division, const Card& card, int64_t tokens, int
           block_steps * kStepBytes * (1 << division.warps_m_log2),
           block_steps * x_bytes + partial,
           division.warps() * kStepBytes + division.warps_k * x_bytes,
-          block_steps * (1 << division.warps_m_log2) * instructions_of(tokens),
+          block_steps * (1 << division.warps_m_log2) * instructions_of(token_tiles_of(tokens)),
           division.warps(),
-          division.splits > 1};
+          division.splits > 1,
+          block_steps * ((1 << division.warps_m_log2) * ldmatrix_clocks_of(tokens) + x_bytes / 128)};
 }
 
 Division best_division(const Card& card, int64_t tokens, int64_t panels, int64_t chunks) {
@@ -416,7 +418,8 @@ cudaError_t multiply(const Value* x, const Value* values, const uint32_t* metada
   }
   const auto start = [&](auto kernel) {
     return launch(kernel, dim3(static_cast<unsigned>(groups), division.splits), 32 * division.warps(),
-                  shared_bytes(division, tokens, chunks), stream, x, values, metadata, bias, y, partial, arrived, work);
+                  shared_bytes(division, tokens, chunks), stream, x, values, metadata, bias, y, partial, arrived,
+                  work);
   };
   switch (token_tiles_of(tokens)) {
     case 1: return start(linear_24_kernel<Value, 1>);
