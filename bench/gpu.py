@@ -222,12 +222,7 @@ def run(chosen: argparse.Namespace, start: float) -> int:
     if not chosen.tiny and not where["gpu"]:
         print(f"no card was found: {where.get('error') or 'torch sees no CUDA device'}", file=sys.stderr)
         return 1
-    if (
-        wants_checks(chosen)
-        and not chosen.tiny
-        and correctness.why_not_built()
-        and (lacking := correctness.why_not_buildable())
-    ):
+    if wants_checks(chosen) and not chosen.tiny and (lacking := correctness.why_not_buildable()):
         print(f"the compiled modules are not there and cannot be built: {lacking}", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory() as nowhere:

@@ -110,7 +110,7 @@ def test_a_card_without_the_tools_to_build_is_told_at_once(versions, words, monk
     there = {"setuptools": "81.0.0", "pybind11": "3.0.1", "ninja": "1.13"}
     monkeypatch.setattr(correctness, "version", lambda name: (there | versions)[name])
     monkeypatch.setattr(correctness.shutil, "which", lambda name: None)
-    monkeypatch.setattr(correctness, "why_not_built", lambda: "it was not built")
+    monkeypatch.setattr(correctness, "not_built", lambda: {"cuda": "it was not built"})
     monkeypatch.setattr(gpu, "where_am_i", lambda commit: {"gpu": "a card", "date": "2026-11-30"})
     assert gpu.main(["--output", str(tmp_path / "out")]) == 1
     assert re.search(words, capsys.readouterr().err)

@@ -3,6 +3,7 @@
 The tests, in several processes, and both of the sanitizer's tools run at once: nothing is timed meanwhile.
 """
 
+import json
 import os
 import re
 import shutil
@@ -18,7 +19,13 @@ from card import process
 from card.record import Json, answer, version, with_path
 
 ROOT = Path(__file__).parents[2]
-WHY_NOT = "from sparsekern.ops import compiled; print(compiled.why_not('cuda') or compiled.why_not('cpu') or '')"
+MODULES = """
+import json
+from sparsekern.ops import compiled
+print(json.dumps({name: why for name in ("cpu", "cuda", "wgmma") if (why := compiled.why_not(name))}))
+"""
+# wgmma is one more kernel, where CUTLASS was found
+NEEDED = {"cpu", "cuda"}
 LINEAR, LARGE = "tests/on_card/test_linear.py", "tests/on_card/test_large.py"
 # each in a process of its own, all at once
 SUITES = {
@@ -43,17 +50,18 @@ def build(seconds: float, capability: list[int] | None = None) -> Iterator[Json]
     capability  the card's, major and minor: what is built now is for that card alone; None: for every card
     """
     start = time.monotonic()
-    before, log = why_not_built(), ""
-    if before:
+    absent, log = not_built(), ""
+    if built_now := bool(NEEDED & absent.keys()):
         command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
         with tempfile.TemporaryFile("w+", errors="replace") as to:
             building = process.start(command, cwd=ROOT, env=for_card(capability), stdout=to, stderr=subprocess.STDOUT)
             cut = process.wait(building, start + seconds)
             to.seek(0)
             log = f"the build was stopped after {seconds:.0f} s" if cut else to.read()
-    missing = why_not_built() if before else ""
-    row = {"stage": "build", "built_now": bool(before), "took": round(time.monotonic() - start, 1)}
-    yield {**row, "error": f"{missing}; {log[-1500:]}"} if missing else row
+        absent = not_built()
+    row = {"stage": "build", "built_now": built_now, "not_built": absent, "took": round(time.monotonic() - start, 1)}
+    needed = [f"{name}: {absent[name]}" for name in sorted(NEEDED & absent.keys())]
+    yield {**row, "error": f"{'; '.join(needed)}; {log[-1500:]}"} if needed else row
 
 
 def for_card(capability: list[int] | None) -> dict[str, str]:
@@ -64,14 +72,16 @@ def for_card(capability: list[int] | None) -> dict[str, str]:
     return with_path() | {"SPARSEKERN_CUDA_ARCHS": f"{major}{minor}" + "a" * (major == 9)}
 
 
-def why_not_built() -> str:
-    """Empty when both modules can be loaded."""
-    status, said, why = answer([sys.executable, "-c", WHY_NOT], cwd=ROOT, env=with_path())
-    return said.strip() if status == 0 else why.strip()[-500:]
+def not_built() -> dict[str, str]:
+    """The modules that cannot be loaded, and why."""
+    status, said, why = answer([sys.executable, "-c", MODULES], cwd=ROOT, env=with_path())
+    return json.loads(said) if status == 0 else dict.fromkeys(NEEDED, why.strip()[-500:])
 
 
 def why_not_buildable() -> str | None:
-    """What this Python or this machine lacks to build the modules, and what to do; None where nothing is missing."""
+    """What this Python lacks to build the modules, and what to do; None where they are there or nothing is missing."""
+    if not NEEDED & not_built().keys():
+        return None
     found = {"setuptools": version("setuptools"), "pybind11": version("pybind11")}
     found["ninja"] = version("ninja") or shutil.which("ninja")
     if missing := [name for name, there in found.items() if not there]:
