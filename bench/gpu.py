@@ -123,16 +123,16 @@ def run_stage(stage: str, worker: Worker, device: str, until: float) -> Iterator
 def measure(record: Record, chosen: list[stages.Stage], device: str, end: float, scale: float) -> None:
     """Run the stages one after the other; the process of the next one imports meanwhile."""
     ready = worker_of(chosen[0].name, device) if chosen else None
-    for stage, following in zip(chosen, [*chosen[1:], None], strict=True):
-        worker, ready = ready, worker_of(following.name, device) if following else None
+    for number, stage in enumerate(chosen):
+        following = chosen[number + 1 :]
+        worker, ready = ready, worker_of(following[0].name, device) if following else None
         left = end - time.time()
         if left <= 0:
             worker.stop()
             record.add({"stage": stage.name, "left_out": "time over before it began"})
             continue
-        for row in run_stage(stage.name, worker, device, time.time() + min(stage.seconds * scale, left)):
+        for row in run_stage(stage.name, worker, device, time.time() + stage.share(left, following, scale)):
             add(record, row)
-        record.write()
 
 
 def measure_tiny(record: Record, chosen: list[stages.Stage]) -> None:
@@ -180,7 +180,6 @@ def check(record: Record, build_seconds: float, test_seconds: float, tiny: bool)
     for rows in (built, correctness.run(test_seconds, tiny)):
         for row in rows:
             add(record, row)
-        record.write()
 
 
 def newest() -> Path | None:

@@ -1,6 +1,6 @@
 """stages: what a run on a card consists of, in the order of its worth, each with the longest time that it may take."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -14,6 +14,7 @@ class Stage:
     seconds  at most, of a run of DEFAULT_SECONDS
     module   has its cases
     tiny     whether a tiny run has it: not where another stage runs the same lines
+    spare    it has only the time that the others leave
     """
 
     name: str
@@ -21,6 +22,12 @@ class Stage:
     module: str
     cases: Callable[[object, Setting], Iterable[Case]] = lambda module, setting: module.cases(setting)
     tiny: bool = True
+    spare: bool = False
+
+    def share(self, left: float, following: Sequence["Stage"], scale: float) -> float:
+        """Seconds of those that are left: its own, or as much less as those behind it must do with too."""
+        others = sum(stage.seconds for stage in following if self.spare or not stage.spare)
+        return min(self.seconds * scale, left * self.seconds / (self.seconds + others))
 
 
 DEFAULT_SECONDS = 450.0
@@ -41,9 +48,9 @@ STAGES = (
     Stage("packing", 15, "card.packing"),
     Stage("solver", 60, "card.solver"),
     Stage("model", 90, "card.model"),
-    Stage("layers llama-3.2-1b", 30, "card.layers", _layers("llama-3.2-1b", few=True), tiny=False),
-    Stage("layers llama-3-70b", 60, "card.layers", _layers("llama-3-70b", few=True), tiny=False),
-    Stage("compiled llama-3-8b", 45, "card.layers", _layers("llama-3-8b", compiled=True)),
+    Stage("layers llama-3-70b", 60, "card.layers", _layers("llama-3-70b", few=True), tiny=False, spare=True),
+    Stage("layers llama-3.2-1b", 30, "card.layers", _layers("llama-3.2-1b", few=True), tiny=False, spare=True),
+    Stage("compiled llama-3-8b", 45, "card.layers", _layers("llama-3-8b", compiled=True), spare=True),
 )
 
 
