@@ -6,6 +6,7 @@ that is installed; no other.
 
 import contextlib
 import json
+import re
 import stat
 import sys
 import time
@@ -276,6 +277,20 @@ def test_the_tests_and_the_sanitizer_run_at_once_and_what_hangs_is_cut(monkeypat
     monkeypatch.setattr(correctness, "SUITES", {})
     monkeypatch.setattr(correctness, "AFTER", {})
     assert [row["left_out"] for row in correctness.run(1.0, tiny=False)] == ["compute-sanitizer is not installed"]
+
+
+def test_racecheck_looks_at_every_kernel_of_ours():
+    from card import correctness
+
+    written = "".join(path.read_text() for path in (ROOT / "sparsekern/ops/triton").glob("*.py"))
+    kernels = re.findall(r"^def (_\w+_kernel)\(", written, re.MULTILINE)
+    assert len(kernels) >= 6
+    assert [name for name in kernels if not any(part in name for part in correctness.OURS)] == []
+    for path in (ROOT / "csrc/cuda").glob("*.cu"):
+        # so is each name, as the compiler writes it
+        assert "namespace sparsekern" in path.read_text(), path
+    assert "--kernel-name kns=sparsekern" in " ".join(correctness.TOOLS["racecheck"])
+    assert correctness.TOOLS["memcheck"] == []
 
 
 def test_a_build_that_fails_or_hangs_is_a_row(monkeypatch, tmp_path):
