@@ -25,7 +25,7 @@ BitmapFragments weight_of(uintptr_t masks, int64_t masks_size, uintptr_t cells, 
                                out_features,
                                in_features};
   const int64_t parts = weight.panels() * weight.segments();
-  check_size("masks", masks_size, parts, kSegmentBlocks * 32);
+  check_size("masks", masks_size, parts, kSegmentWords);
   check(quad_rows_size == parts * kLaneQuads + 1,
         "quad_rows must hold panels * segments * 8 + 1 elements, got " + std::to_string(quad_rows_size));
   check(on_16_bytes(masks) && on_16_bytes(cells), "masks and cells must lie on 16 bytes");

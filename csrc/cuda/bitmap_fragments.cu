@@ -1,8 +1,8 @@
 // bitmap_fragments: a bitmap to what linear_bitmap_fragments reads, and that to the dense weight, for many tokens and for
 // torch's product. A warp has a segment of 16 outputs x 256 inputs, a lane 16 inputs of two rows in each of its 4 blocks.
 //
-// The masks are a row's bits and another's, four and four in turn, and tell how many cells each quad of lanes needs. When
-// the quads' rows of cells are known, each lane goes through its weights again and writes a cell whenever it has four.
+// The masks are a row's bits and another's, four and four in turn. They tell how many values a lane has, and that which
+// column is its own, so that the four that share rows of cells need about as many. When the quads' rows are known, each lane goes through its weights again and writes a cell whenever it has four.
 //
 // To dense the warp copies the segment into shared memory as it lies, and each lane writes its inputs, a block after the
 // other. Every byte is read once and written once.
@@ -25,7 +25,7 @@ __device__ __forceinline__ uint32_t spread_fours(uint32_t bits) {
 
 __global__ void __launch_bounds__(32 * kWarps) bitmap_fragments_masks_kernel(
     const uint8_t* __restrict__ bitmap,  // [out_features, row_bytes]
-    uint32_t* __restrict__ masks,        // [panels, segments, kSegmentBlocks, 32]
+    uint32_t* __restrict__ masks,        // [panels, segments, kSegmentWords]
     int32_t* __restrict__ quads,         // [panels, segments, kLaneQuads]
     int64_t out_features, int64_t row_bytes, int64_t panel_segments, int segments) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -48,14 +48,21 @@ __global__ void __launch_bounds__(32 * kWarps) bitmap_fragments_masks_kernel(
       }
       mask |= spread_fours(bits) << 4 * h;
     }
-    masks[(at * kSegmentBlocks + block) * 32 + lane] = mask;
+    masks[at * kSegmentWords + block * 32 + lane] = mask;
     count += __popc(mask);
   }
-  // as many cells as the fullest of four lanes needs
-  int cells = (count + kCellValues - 1) / kCellValues;
-  cells = max(cells, __shfl_xor_sync(0xffffffff, cells, 1));
-  cells = max(cells, __shfl_xor_sync(0xffffffff, cells, 2));
-  if (lane % 4 == 0) quads[at * kLaneQuads + lane / 4] = cells;
+  // how many of its half of the warp have more, or as many and come first
+  int column = 0;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const int other = __shfl_sync(0xffffffff, count, i, 16);
+    column += other > count || (other == count && i < lane % 16);
+  }
+  const int next = __shfl_xor_sync(0xffffffff, column, 1);
+  auto* columns = reinterpret_cast<uint8_t*>(masks + at * kSegmentWords + kSegmentBlocks * 32);
+  if (lane % 2 == 0) columns[lane / 2] = static_cast<uint8_t>(column | next << 4);
+  // as many cells as the fullest of four columns needs, which is the first
+  if (column % 4 == 0) quads[at * kLaneQuads + lane / 16 * 4 + column / 4] = (count + kCellValues - 1) / kCellValues;
 }
 
 // For four mask bits: the selector of prmt that brings the bytes of those kept together, and above it their number.
@@ -73,7 +80,7 @@ __device__ __forceinline__ uint32_t gather_of(unsigned bits) {
 
 __global__ void __launch_bounds__(32 * kWarps) bitmap_fragments_cells_kernel(
     const uint16_t* __restrict__ dense,       // [out_features, in_features]
-    const uint32_t* __restrict__ masks,       // [panels, segments, kSegmentBlocks, 32]
+    const uint32_t* __restrict__ masks,       // [panels, segments, kSegmentWords]
     const int32_t* __restrict__ quad_rows,    // [panels, segments, kLaneQuads] and the end
     unsigned char* __restrict__ cells,        // [cell_rows, kQuadRowBytes]
     int64_t out_features, int64_t in_features, int64_t panel_segments, int segments, int cell_rows) {
@@ -85,15 +92,16 @@ __global__ void __launch_bounds__(32 * kWarps) bitmap_fragments_cells_kernel(
   const bool aligned = (reinterpret_cast<uintptr_t>(dense) | in_features * 2) % 16 == 0;
   const uint32_t gather = gather_of(lane % 16);
   // rows that lie are cut to what there is
-  int cell = min(max(quad_rows[at * kLaneQuads + lane / 4], 0), cell_rows);
-  const int last_cell = min(quad_rows[at * kLaneQuads + lane / 4 + 1], cell_rows);
-  uint2* cells_write = reinterpret_cast<uint2*>(cells) + lane % 4;
+  const int column = column_of(masks + at * kSegmentWords, lane);
+  int cell = min(max(quad_rows[at * kLaneQuads + column / 4], 0), cell_rows);
+  const int last_cell = min(quad_rows[at * kLaneQuads + column / 4 + 1], cell_rows);
+  uint2* cells_write = reinterpret_cast<uint2*>(cells) + column % 4;
   // what is not yet four values: their low bytes, their high bytes
   uint64_t low = 0, high = 0;
   uint32_t waiting = 0;
 #pragma unroll 1
   for (int block = 0; block < kSegmentBlocks; ++block) {
-    const uint32_t mask = masks[(at * kSegmentBlocks + block) * 32 + lane];
+    const uint32_t mask = masks[at * kSegmentWords + block * 32 + lane];
     const int64_t input = first_input + block * (4 * kLaneInputs);
     uint32_t rows[2][kLaneInputs / 2];
 #pragma unroll
@@ -141,7 +149,7 @@ __global__ void __launch_bounds__(32 * kWarps) bitmap_fragments_cells_kernel(
 }
 
 __global__ void __launch_bounds__(32 * kWarps) bitmap_fragments_to_dense_kernel(
-    const uint32_t* __restrict__ masks,       // [panels, segments, kSegmentBlocks, 32]
+    const uint32_t* __restrict__ masks,       // [panels, segments, kSegmentWords]
     const unsigned char* __restrict__ cells,  // [cell_rows, kQuadRowBytes]
     const int32_t* __restrict__ quad_rows,    // [panels, segments, kLaneQuads] and the end
     uint16_t* __restrict__ dense,             // [out_features, in_features]
@@ -159,6 +167,7 @@ __global__ void __launch_bounds__(32 * kWarps) bitmap_fragments_to_dense_kernel(
 
   const uint32_t last_run = capacity * kCellValues * 8;
   const Spread spread = spread_of(lane);
+  const int column = column_of(ptx::shared_memory() + warp_smem, lane);
   const unsigned char* mask_smem_read = ptx::shared_memory() + warp_smem + lane * 4;
   const int64_t row = at / segments * kFragmentRows + lane / 4;
   const int64_t first_input = at % segments * kSegmentInputs + lane % 4 * kLaneInputs;
@@ -172,7 +181,7 @@ __global__ void __launch_bounds__(32 * kWarps) bitmap_fragments_to_dense_kernel(
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       uint32_t a[4];
-      expand(a, mask >> 8 * i, spread, run, ptx::shared_memory() + warp_smem + kMaskBytes, lane);
+      expand(a, mask >> 8 * i, spread, run, ptx::shared_memory() + warp_smem + kMaskBytes, column);
 #pragma unroll
       for (int j = 0; j < 4; ++j) rows[j % 2][2 * i + j / 2] = a[j];
     }

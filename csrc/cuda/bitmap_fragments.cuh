@@ -5,7 +5,8 @@
 // in their places in a plane, with one selector, and zeros where none is kept. That selector, and how far the run goes
 // on, come from the row's four mask bits by a shuffle: lane i of each half warp holds the answer for the bits i. Rows g
 // and g + 8 are taken together where the values of the one end and those of the other begin, so that both are shifted
-// alike. In shared memory each lane has its own column of cells, which no other lane's loads get in the way of.
+// alike. In shared memory each lane has a column of cells of its own; those of half a warp lie in different banks, whichever
+// of its 16 columns a lane has.
 #pragma once
 
 #include "ops.h"
@@ -16,7 +17,8 @@ namespace sparsekern::cuda {
 constexpr int kCellValues = 4;                            // of a lane: 4 low bytes, 4 high bytes
 constexpr int kCellRowBytes = 32 * 2 * kCellValues;       // a cell of every lane of the warp
 constexpr int kQuadRowBytes = kCellRowBytes / kLaneQuads;  // as saved: a cell of every lane that has the same rows
-constexpr int kMaskBytes = kSegmentBlocks * 32 * 4;
+constexpr int kMaskBytes = kSegmentWords * 4;
+constexpr int kColumnsAt = kSegmentBlocks * 32 * 4;  // behind the masks themselves
 // a block's values, with the cell behind the last place that is read around: as far as masks that lie can lead
 constexpr int kGuardRows = kBlockWeights / kCellValues + 1;
 
@@ -49,12 +51,19 @@ __device__ __forceinline__ Spread spread_of(int lane) {
   return {spread_of<true>(lane % 16), spread_of<false>(lane % 16)};
 }
 
-// Where the cells of a lane's quad begin and end, as they are saved.
+// Which of the 32 columns of cells is this lane's.
+//   masks  of the segment
+__device__ __forceinline__ int column_of(const void* masks, int lane) {
+  const int two = static_cast<const unsigned char*>(masks)[kColumnsAt + lane / 2];
+  return (two >> lane % 2 * 4 & 15) | (lane & 16);
+}
+
+// Where the cells of a quad of columns begin and end, as they are saved.
 struct QuadRows {
   int begin, end;
 };
 
-//   quad_rows  from this lane's quad on
+//   quad_rows  from this lane's quad on, which it copies
 __device__ __forceinline__ QuadRows rows_of(const int32_t* quad_rows) { return {quad_rows[0], quad_rows[1]}; }
 
 // Asks for the masks and cells of a segment; cp.async, not committed.
@@ -62,8 +71,9 @@ __device__ __forceinline__ QuadRows rows_of(const int32_t* quad_rows) { return {
 //   there  is this segment; else its masks keep nothing, and `quad` is empty
 __device__ __forceinline__ void copy_segment(unsigned char* to, const unsigned char* masks, const unsigned char* cells,
                                              QuadRows quad, bool there, int cell_rows, int capacity, int lane) {
-  static_assert(kMaskBytes == 32 * 16, "a lane copies one piece of the masks");
+  static_assert(kColumnsAt == 32 * 16 && kMaskBytes == kColumnsAt + 16, "a lane copies one piece, the first one two");
   ptx::cp_async_16(to + lane * 16, masks, there ? 16 : 0);
+  if (lane == 0) ptx::cp_async_16(to + kColumnsAt, masks + kColumnsAt, there ? 16 : 0);
   // rows of masks that lie are cut to what there is, here and in shared memory
   const int first = min(max(quad.begin, 0), cell_rows);
   // 4 lanes copy two rows of their own quad at a time
@@ -87,17 +97,17 @@ __device__ __forceinline__ void copy_segment(unsigned char* to, const unsigned c
 
 // The next 8 weights of a lane, `mask` their bits and whatever is above: 4 inputs of row g in a[0], a[2], and of row
 // g + 8 in a[1], a[3].
-//   run    the lane's place in its column, 8 for a value: kCellRowBytes a cell is 32, so that its low 5 bits are those of
+//   run    the lane's place in its `column`, 8 for a value: kCellRowBytes a cell is 32, so that its low 5 bits are those of
 //          the byte
 //   cells  in shared memory
 __device__ __forceinline__ void expand(uint32_t (&a)[4], uint32_t mask, Spread spread, uint32_t& run,
-                                       const unsigned char* cells, int lane) {
+                                       const unsigned char* cells, int column) {
   constexpr uint32_t kAll = 0xffffffff;
   const uint32_t ends = __shfl_sync(kAll, spread.ends, static_cast<int>(mask), 16);
   const uint32_t begins = __shfl_sync(kAll, spread.begins, static_cast<int>(mask >> 4), 16);
   // where row g's values end and row g + 8's begin
   run += ends >> 16;
-  const uint2* at = reinterpret_cast<const uint2*>(cells) + ((run & ~31u) | static_cast<uint32_t>(lane));
+  const uint2* at = reinterpret_cast<const uint2*>(cells) + ((run & ~31u) | static_cast<uint32_t>(column));
   const uint2 cell_0 = at[-32], cell_1 = at[0], cell_2 = at[32];
   // the shift counts modulo 32
   const uint32_t low_ends = ptx::prmt(__funnelshift_r(cell_0.x, cell_1.x, run), 0, ends);

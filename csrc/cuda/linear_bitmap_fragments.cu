@@ -14,12 +14,12 @@
 //     instructions a dense weight          3.1   3.3   3.5   4.2    to rebuild and multiply
 //                                          4.0   4.2   4.4   5.0    with what the loop does beside
 //     clocks of shared memory, 256 weights  13    15    15    19    of which memory needs 19 to bring them
-//     registers, sm_90a                     77    85   129   163
+//     registers, sm_90a                     80    90   130   166
 //
 // and 0.2 instructions more where a segment has more than 12 rows of cells to copy. An H200 affords 7.8. Of each tile of
 // tokens two HMMA and a load of x are left; that load is what shared memory has no time for at 64 tokens, so that there
-// it meets two panels. A stage of a panel is 5.9 KB: 8 to 16 panels of a multiprocessor have 47 to 94 KB of weights under
-// way while as much is multiplied (tests/cuda_on_host/divisions.py); latency x bandwidth is 26 KB.
+// it meets two panels. A segment of a panel is 4.9 KB on average: 8 to 16 panels of a multiprocessor have 39 to 78 KB of
+// weights under way while as much is multiplied (tests/cuda_on_host/divisions.py); latency x bandwidth is 26 KB.
 
 #include <algorithm>
 
@@ -59,7 +59,7 @@ __host__ __device__ constexpr int x_row_bytes_of(int token_tiles) { return x_blo
 struct Work {
   int64_t out_features;
   int x_row_inputs, tokens, panels, segments;
-  int warps_m_log2, warps_k, splits;
+  int warps_m, warps_k, splits;
   int cell_rows, capacity;
   // between the rows of x that a lane copies: tokens, bytes of x, bytes in shared memory
   int x_row_step, x_smem_step;
@@ -74,7 +74,7 @@ __device__ inline void store(__nv_bfloat16* to, float value) { *to = __float2bfl
 template <typename Value, int kTokenTiles>
 __global__ void __launch_bounds__(32 * kMostWarps, panels_of(kTokenTiles) == 1 ? 2 : 1) linear_bitmap_fragments_kernel(
     const Value* __restrict__ x,              // [tokens, x_row_inputs], every row on 16 bytes
-    const uint32_t* __restrict__ masks,       // [panels, segments, kSegmentBlocks, 32]
+    const uint32_t* __restrict__ masks,       // [panels, segments, kSegmentWords]
     const unsigned char* __restrict__ cells,  // [cell_rows, kQuadRowBytes]
     const int32_t* __restrict__ quad_rows,    // [panels, segments, kLaneQuads] and the end
     const Value* __restrict__ bias,           // [out_features] or null
@@ -84,15 +84,13 @@ __global__ void __launch_bounds__(32 * kMostWarps, panels_of(kTokenTiles) == 1 ?
   constexpr int kPanels = panels_of(kTokenTiles), kXBlocks = x_blocks_of(kTokenTiles);
   constexpr int kXInputs = kXBlocks * 64, kXRowBytes = x_row_bytes_of(kTokenTiles);
   const int lane = ptx::lane(), warp = threadIdx.x / 32;
-  const int warps_m = 1 << work.warps_m_log2;
-  const int warp_m = warp & (warps_m - 1), warp_k = warp >> work.warps_m_log2;
+  const int warps_m = work.warps_m, warp_m = warp % warps_m, warp_k = warp / warps_m;
   const int tokens = work.tokens, segments = work.segments, capacity = work.capacity;
   // fewer than 8 tokens have as many rows, a lane without one reads the last; more have all rows, some never written:
   // what stands there reaches only columns that are never stored
   const int rows = x_rows(tokens);
   const Spread spread = spread_of(lane);
 
-  // every panel's cells begin on a row of cells
   const int panel_bytes = warp_bytes(capacity);
   unsigned char* const warp_smem = ptx::shared_memory() + warp * (kStages * kPanels * panel_bytes);
   unsigned char* const x_smem = ptx::shared_memory() + (blockDim.x / 32) * (kStages * kPanels * panel_bytes) +
@@ -114,7 +112,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, panels_of(kTokenTiles) == 1 ?
   const int32_t* quads_read[kPanels];
 #pragma unroll
   for (int p = 0; p < kPanels; ++p) {
-    const int owner = (static_cast<int>(blockIdx.x) << work.warps_m_log2) + warp_m;
+    const int owner = static_cast<int>(blockIdx.x) * warps_m + warp_m;
     const int panel = min(owner * kPanels + p, work.panels - 1);
     const int64_t part = static_cast<int64_t>(panel) * segments + segment;
     masks_read[p] = reinterpret_cast<const unsigned char*>(masks) + part * kMaskBytes + lane * 16;
@@ -128,10 +126,10 @@ __global__ void __launch_bounds__(32 * kMostWarps, panels_of(kTokenTiles) == 1 ?
       quads_read[p] += step * kLaneQuads;
     }
   };
-  const auto copy_weights = [&](int of_segment, int stage) {
+  const auto copy_weights = [&](int of_segment, unsigned char* stage_smem) {
 #pragma unroll
     for (int p = 0; p < kPanels; ++p) {
-      copy_segment(warp_smem + (stage * kPanels + p) * panel_bytes, masks_read[p], cells, quads[p],
+      copy_segment(stage_smem + p * panel_bytes, masks_read[p], cells, quads[p],
                    of_segment < segments, work.cell_rows, capacity, lane);
       masks_read[p] += step * kMaskBytes;
     }
@@ -146,10 +144,10 @@ __global__ void __launch_bounds__(32 * kMostWarps, panels_of(kTokenTiles) == 1 ?
       reinterpret_cast<const unsigned char*>(x + static_cast<int64_t>(first_row) * work.x_row_inputs + input);
   unsigned char* const x_smem_write = x_smem + first_row * kXRowBytes + lane % kPieces * 16;
   // a stage of inputs from `ahead` of this segment's first on
-  const auto copy_x = [&](int x_stage, int ahead) {
+  const auto copy_x = [&](int x_stage_at, int ahead) {
     const int bytes = input + ahead < static_cast<uint32_t>(work.x_row_inputs) ? 16 : 0;
     const unsigned char* from = x_read + ahead * 2;
-    unsigned char* to = x_smem_write + x_stage * rows * kXRowBytes;
+    unsigned char* to = x_smem_write + x_stage_at;
 #pragma unroll 1
     for (int row = first_row; row < tokens; row += work.x_row_step) {
       ptx::cp_async_16(to, from, bytes);
@@ -159,10 +157,19 @@ __global__ void __launch_bounds__(32 * kMostWarps, panels_of(kTokenTiles) == 1 ?
   };
 
   float sums[kPanels][kTokenTiles][4] = {};
+  // a lane's place in the cells of a segment
+  struct Place {
+    uint32_t run;
+    int column;
+  };
+  const auto begin = [&](Place (&places)[kPanels], const unsigned char* stage_smem) {
+#pragma unroll
+    for (int p = 0; p < kPanels; ++p) places[p] = {0, column_of(stage_smem + p * panel_bytes, lane)};
+  };
   // a stage of x by the blocks of weights from first_block on
-  const auto multiply = [&](int x_stage, const unsigned char* stage_smem, int first_block, uint32_t (&run)[kPanels]) {
+  const auto multiply = [&](int x_stage_at, const unsigned char* stage_smem, int first_block, Place (&places)[kPanels]) {
     const unsigned char* x_smem_read =
-        x_smem + (x_stage * rows + min(lane / 4, rows - 1)) * kXRowBytes + lane % 4 * 32;
+        x_smem + x_stage_at + min(lane / 4, rows - 1) * kXRowBytes + lane % 4 * 32;
     const uint32_t last_run = capacity * kCellValues * 8;
 #pragma unroll
     for (int block = 0; block < kXBlocks; ++block) {
@@ -171,7 +178,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, panels_of(kTokenTiles) == 1 ?
       for (int p = 0; p < kPanels; ++p) {
         mask[p] = *reinterpret_cast<const uint32_t*>(stage_smem + p * panel_bytes + (first_block + block) * 128 +
                                                      lane * 4);
-        run[p] = min(run[p], last_run);
+        places[p].run = min(places[p].run, last_run);
       }
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
@@ -179,8 +186,9 @@ __global__ void __launch_bounds__(32 * kMostWarps, panels_of(kTokenTiles) == 1 ?
 #pragma unroll
         for (int p = 0; p < kPanels; ++p) {
           const unsigned char* cells_smem_read = stage_smem + p * panel_bytes + kMaskBytes;
-          expand(a[p][0], mask[p] >> 16 * pair, spread, run[p], cells_smem_read, lane);
-          expand(a[p][1], mask[p] >> (16 * pair + 8), spread, run[p], cells_smem_read, lane);
+          auto& [run, column] = places[p];
+          expand(a[p][0], mask[p] >> 16 * pair, spread, run, cells_smem_read, column);
+          expand(a[p][1], mask[p] >> (16 * pair + 8), spread, run, cells_smem_read, column);
         }
 #pragma unroll
         for (int n = 0; n < kTokenTiles; ++n) {
@@ -198,44 +206,52 @@ __global__ void __launch_bounds__(32 * kMostWarps, panels_of(kTokenTiles) == 1 ?
 
   // quads are asked for one segment before they are needed: the copies would wait for them
   read_quads(segment);
-  copy_weights(segment, 0);
+  copy_weights(segment, warp_smem);
   read_quads(segment + step);
   copy_x(0, 0);
   ptx::cp_async_commit();
   const int step_inputs = step * static_cast<int>(kSegmentInputs);
-  int stage = 0;
+  const int x_stage_bytes = rows * kXRowBytes;
+  // the stages that are multiplied, and those that come next
+  unsigned char *stage_smem = warp_smem, *next_smem = warp_smem + kPanels * panel_bytes;
+  int x_stage_at = 0, next_x_stage_at = x_stage_bytes;
 #pragma unroll 1
   for (int first = segment - warp_k; first < segments; first += step) {
     // the last stages are not read any more
     meet();
-    const unsigned char* stage_smem = warp_smem + stage * (kPanels * panel_bytes);
-    uint32_t run[kPanels] = {};
+    Place places[kPanels];
     if constexpr (kXBlocks == kSegmentBlocks) {
-      copy_x(stage ^ 1, step_inputs);
-      copy_weights(segment + step, stage ^ 1);
+      copy_x(next_x_stage_at, step_inputs);
+      copy_weights(segment + step, next_smem);
       ptx::cp_async_commit();
       read_quads(segment + 2 * step);
       ptx::cp_async_wait<1>();
       meet();
-      multiply(stage, stage_smem, 0, run);
+      begin(places, stage_smem);
+      multiply(x_stage_at, stage_smem, 0, places);
+      x_stage_at = next_x_stage_at;
+      next_x_stage_at = x_stage_bytes - x_stage_at;
     } else {
       // the second half of x comes first: it must be there before the next weights are
-      copy_x(1, kXInputs);
+      copy_x(x_stage_bytes, kXInputs);
       ptx::cp_async_commit();
-      copy_weights(segment + step, stage ^ 1);
+      copy_weights(segment + step, next_smem);
       ptx::cp_async_commit();
       read_quads(segment + 2 * step);
       ptx::cp_async_wait<2>();
       meet();
-      multiply(0, stage_smem, 0, run);
+      begin(places, stage_smem);
+      multiply(0, stage_smem, 0, places);
       ptx::cp_async_wait<1>();
       meet();
       copy_x(0, step_inputs);
       ptx::cp_async_commit();
-      multiply(1, stage_smem, kXBlocks, run);
+      multiply(x_stage_bytes, stage_smem, kXBlocks, places);
     }
     segment += step;
-    stage ^= 1;
+    unsigned char* const done_smem = stage_smem;
+    stage_smem = next_smem;
+    next_smem = done_smem;
     input += step_inputs;
     x_read += static_cast<int64_t>(step) * (kSegmentInputs * 2);
   }
@@ -259,7 +275,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, panels_of(kTokenTiles) == 1 ?
       const float4 part = sums_smem[k * results + i];
       sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
     }
-    const int64_t first_panel = (static_cast<int64_t>(blockIdx.x) << work.warps_m_log2) * kPanels;
+    const int64_t first_panel = static_cast<int64_t>(blockIdx.x) * warps_m * kPanels;
     const int64_t first_out = (first_panel + i / (32 * kTokenTiles)) * kFragmentRows;
     const float parts[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
@@ -306,10 +322,10 @@ __global__ void __launch_bounds__(kThreads) sum_splits_kernel(
 
 // Warps of a block and blocks that share outputs.
 struct Division {
-  int warps_m_log2, warps_k, splits;
+  int warps_m, warps_k, splits;
   int64_t groups, shared_bytes;
 
-  int warps() const { return warps_k << warps_m_log2; }
+  int warps() const { return warps_m * warps_k; }
 };
 
 // Of a warp, one of kStages.
@@ -327,19 +343,23 @@ int64_t shared_bytes(const Division& division, int64_t tokens, int capacity) {
 
 // The most registers that a thread may have (tests/test_cuda_module.py).
 constexpr int registers_of(int token_tiles) {
-  return token_tiles == 1 ? 88 : token_tiles == 2 ? 96 : token_tiles == 4 ? 136 : 168;
+  return token_tiles == 1 ? 88 : token_tiles == 2 ? 96 : token_tiles == 4 ? 136 : 184;
 }
 
 // Of a warp for a segment of a panel (tests/test_cuda_module.py).
 constexpr double instructions_of(int token_tiles) {
-  return panels_of(token_tiles) == 1 ? 514 + 24.0 * token_tiles : 502 + 20.0 * token_tiles;
+  return panels_of(token_tiles) == 1 ? 512 + 24.0 * token_tiles : 510 + 20.0 * token_tiles;
 }
+
+// Of a segment of a panel, what is copied of it on average: of a random weight's longest run of cells the others have
+// 0.73 at 50 %, 0.65 at 70 % and 0.49 at 90 %.
+double segment_bytes(int capacity) { return kMaskBytes + 0.7 * capacity * kCellRowBytes; }
 
 // Of shared memory, for a segment of a panel: each 8 weights of a lane are two shuffles and three loads of 8 bytes, each
 // 16 a load of 16 bytes of every tile of tokens, which meets all panels of the warp.
-constexpr double shared_clocks_of(int token_tiles, int capacity) {
+double shared_clocks_of(int token_tiles, int capacity) {
   const double x_clocks = 2.0 * token_tiles / panels_of(token_tiles);
-  return 16 * (2 + 3 * 2 + x_clocks) + kSegmentBlocks + warp_bytes(capacity) / 128.0;
+  return 16 * (2 + 3 * 2 + x_clocks) + kSegmentBlocks + 1 + segment_bytes(capacity) / 128;
 }
 
 // The blocks of a division, for the formula of division.h.
@@ -347,16 +367,15 @@ Blocks blocks_of(const Division& division, const Card& card, int64_t tokens, int
                  int64_t out_features) {
   const int64_t count = division.groups * division.splits;
   const double block_segments = static_cast<double>((segments + division.splits - 1) / division.splits);
-  const int panels = panels_of(token_tiles_of(tokens)) << division.warps_m_log2;
+  const int panels = panels_of(token_tiles_of(tokens)) * division.warps_m;
   const double x_bytes = static_cast<double>(tokens) * kSegmentInputs * 2;
   const double x_stage_bytes = x_bytes * x_blocks_of(token_tiles_of(tokens)) / kSegmentBlocks;
   const double partial_bytes = division.splits > 1 ? 8.0 * tokens * out_features / division.groups : 0.0;
   return {count,
           resident_blocks(card, division.shared_bytes, 32 * division.warps(), registers_of(token_tiles_of(tokens))),
-          block_segments * warp_bytes(capacity) * panels,
+          block_segments * segment_bytes(capacity) * panels,
           block_segments * x_bytes + partial_bytes,
-          static_cast<double>(kStages * division.warps() * stage_bytes(tokens, capacity)) +
-              division.warps_k * x_stage_bytes,
+          division.warps_k * (segment_bytes(capacity) * panels + x_stage_bytes),
           block_segments * panels * instructions_of(token_tiles_of(tokens)),
           division.warps(),
           division.splits > 1,
@@ -369,12 +388,11 @@ Division best_division(const Card& card, int64_t tokens, int64_t panels, int64_t
   const int warp_panels = panels_of(token_tiles_of(tokens));
   Division best{};
   double best_us = -1.0;
-  for (int splits = 1; splits <= 16 && splits <= segments; splits *= 2) {
-    for (int warps_m_log2 = 0; warps_m_log2 <= 3 && (warps_m_log2 == 0 || warp_panels << warps_m_log2 <= panels);
-         ++warps_m_log2) {
-      const int block_panels = warp_panels << warps_m_log2;
-      for (int warps_k = 1; warps_k << warps_m_log2 <= kMostWarps && warps_k * splits <= segments; ++warps_k) {
-        Division division{warps_m_log2, warps_k, splits, (panels + block_panels - 1) / block_panels, 0};
+  for (int splits = 1; splits <= 16 && splits <= segments; ++splits) {
+    for (int warps_m = 1; warps_m <= kMostWarps && (warps_m == 1 || warp_panels * warps_m <= panels); ++warps_m) {
+      const int block_panels = warp_panels * warps_m;
+      for (int warps_k = 1; warps_m * warps_k <= kMostWarps && warps_k * splits <= segments; ++warps_k) {
+        Division division{warps_m, warps_k, splits, (panels + block_panels - 1) / block_panels, 0};
         division.shared_bytes = shared_bytes(division, tokens, capacity);
         if (division.shared_bytes > card.shared_bytes_per_block) continue;
         const double us = expected_us(card, blocks_of(division, card, tokens, segments, capacity, out_features));
@@ -431,13 +449,13 @@ cudaError_t multiply(const BitmapFragments& weight, const Value* x, const Value*
   auto* partial = reinterpret_cast<float*>(workspace + aligned_bytes(tokens, weight.in_features));
   const int tiles = token_tiles_of(tokens);
   // a warp copies a token's stage, or two tokens' halves, at once
-  const int x_row_step = (kSegmentBlocks / x_blocks_of(tiles)) << division.warps_m_log2;
+  const int x_row_step = (kSegmentBlocks / x_blocks_of(tiles)) * division.warps_m;
   const Work work{weight.out_features,
                   static_cast<int>(row_inputs),
                   static_cast<int>(tokens),
                   static_cast<int>(weight.panels()),
                   static_cast<int>(weight.segments()),
-                  division.warps_m_log2,
+                  division.warps_m,
                   division.warps_k,
                   division.splits,
                   weight.cell_rows,

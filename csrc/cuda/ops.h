@@ -143,9 +143,11 @@ cudaError_t linear_24_prefill(const __half* x, const __half* values, const uint3
 // A bitmap weight in the order of mma.m16n8k16, as ops/bitmap_fragments.py makes it: panels of kFragmentRows outputs by
 // segments of kSegmentInputs inputs, a segment being kSegmentBlocks blocks of 64. Lane 4 g + t of a warp has the rows g
 // and g + 8 of the panel and, of a block, the inputs 16 t .. 16 t + 15; for each 4 of them first row g, then row g + 8.
-//   masks      [panels, segments, kSegmentBlocks, 32 lanes], bit 8 i + 4 h + j is row g + 8 h, input 16 t + 4 i + j
-//   cells      [cell_rows, 4 lanes, 2, 4] bytes, 4 kept values of a lane: their low bytes, their high bytes
-//   quad_rows  [panels * segments * kLaneQuads + 1], where the cells of lanes 4 q .. 4 q + 3 of a segment begin
+//   masks      [panels, segments, kSegmentWords]: first [kSegmentBlocks, 32 lanes], bit 8 i + 4 h + j is row g + 8 h,
+//              input 16 t + 4 i + j; then 4 bits a lane, low bits first, its column among the 16 of its half of the warp,
+//              which are in the order of how much their lanes keep, most first
+//   cells      [cell_rows, 4 columns, 2, 4] bytes, 4 kept values of a lane: their low bytes, their high bytes
+//   quad_rows  [panels * segments * kLaneQuads + 1], where the cells of columns 4 q .. 4 q + 3 of a segment begin
 //   capacity   the most rows of cells that any quad of a segment has
 // All lie on 16 bytes.
 constexpr int64_t kFragmentRows = 16;
@@ -153,6 +155,7 @@ constexpr int64_t kSegmentInputs = 256;
 constexpr int kSegmentBlocks = 4;
 constexpr int kBlockWeights = 32;  // of a lane
 constexpr int kLaneQuads = 8;
+constexpr int kSegmentWords = kSegmentBlocks * 32 + 4;
 
 struct BitmapFragments {
   const uint32_t* masks;
@@ -172,7 +175,7 @@ struct BitmapFragments {
 //   masks      as above; bitmap_fragments_masks writes every word, and of quads
 //   quads      [panels * segments * kLaneQuads], how many rows of cells each needs
 //   dense      [out_features, in_features] of 2-byte elements, looked at where the masks keep something
-//   cells      [cell_rows, 4 lanes, 2, 4] bytes, every one written that quad_rows leads to
+//   cells      [cell_rows, 4 columns, 2, 4] bytes, every one written that quad_rows leads to
 cudaError_t bitmap_fragments_masks(const uint8_t* bitmap, uint32_t* masks, int32_t* quads, int64_t out_features,
                                    int64_t in_features, cudaStream_t stream);
 cudaError_t bitmap_fragments_cells(const void* dense, const uint32_t* masks, const int32_t* quad_rows,

@@ -13,7 +13,7 @@ SHAPES = [(4096, 4096), (14336, 4096), (28672, 8192), (2048, 2048)]
 TOKENS = (1, 16, 64)
 
 
-def assert_divided_well(program, tensors, numbers, registers, warp_bytes, weight_bytes):
+def assert_divided_well(program, tensors, numbers, registers, warp_bytes, weight_bytes, enough=ENOUGH_BYTES):
     """Enough under way on every multiprocessor, which all have work; a small weight is all under way, or half of it.
 
     numbers    tokens, out_features, in_features and what else the program takes
@@ -25,4 +25,4 @@ def assert_divided_well(program, tensors, numbers, registers, warp_bytes, weight
     assert busiest * MULTIPROCESSORS <= (1.2 if large else 2.1) * launch.blocks
     room = min(SHARED_BYTES // (launch.shared_bytes + 1024), REGISTERS // (launch.threads * registers))
     under_way = min(room, busiest) * launch.threads // 32 * warp_bytes
-    assert under_way >= min(ENOUGH_BYTES, 0.45 * weight_bytes / MULTIPROCESSORS)
+    assert under_way >= min(enough, 0.45 * weight_bytes / MULTIPROCESSORS)

@@ -58,7 +58,7 @@ int run_masks(Operands& operands) {
   const BitmapFragments sizes{nullptr, nullptr, nullptr, 0, 0, operands.number(1), operands.number(2)};
   const int64_t parts = sizes.panels() * sizes.segments();
   const auto* bitmap = operands.tensor<uint8_t>();
-  auto* masks = operands.result<uint32_t>(parts * kSegmentBlocks * 32);
+  auto* masks = operands.result<uint32_t>(parts * kSegmentWords);
   auto* quads = operands.result<int32_t>(parts * kLaneQuads);
   return operands.finish(
       bitmap_fragments_masks(bitmap, masks, quads, sizes.out_features, sizes.in_features, nullptr));

@@ -140,7 +140,7 @@ def test_the_op_hands_the_kernel_the_right_addresses_and_sizes(on_host, on_no_ca
     masks, cells, quad_rows, capacity = operands
 
     def multiply(*, stream, **sizes):
-        assert [sizes[f"{name}_size"] for name in ("masks", "quad_rows", "bias")] == [128, 9, 7]
+        assert [sizes[f"{name}_size"] for name in ("masks", "quad_rows", "bias")] == [132, 9, 7]
         assert (stream, sizes["cell_rows"], sizes["capacity"]) == (5, len(cells), len(capacity))
         assert [sizes[name] for name in ("masks", "cells", "quad_rows")] == [t.data_ptr() for t in operands[:3]]
         flat = torch.frombuffer(bytearray(ctypes.string_at(sizes["x"], 2 * x.numel())), dtype=torch.bfloat16)
@@ -163,10 +163,10 @@ def test_the_op_hands_the_kernel_the_right_addresses_and_sizes(on_host, on_no_ca
 def test_the_binding_refuses_sizes_that_contradict_each_other():
     if compiled.cuda() is None:
         pytest.skip(f"sparsekern._cuda: {compiled.why_not('cuda')}")
-    weight = {"masks": 0, "masks_size": 128, "cells": 0, "cell_rows": 0, "quad_rows": 0, "quad_rows_size": 9}
+    weight = {"masks": 0, "masks_size": 132, "cells": 0, "cell_rows": 0, "quad_rows": 0, "quad_rows_size": 9}
     weight |= {"capacity": 0, "out_features": 7, "in_features": 37, "stream": 0}
     for changed, said in (
-        ({"masks_size": 127}, "masks must hold 1 \\* 128 elements, got 127"),
+        ({"masks_size": 127}, "masks must hold 1 \\* 132 elements, got 127"),
         ({"quad_rows_size": 8}, "quad_rows must hold panels \\* segments \\* 8 \\+ 1 elements, got 8"),
         ({"capacity": 33}, "capacity must lie in 0..32, got 33"),
         ({"cells": 8}, "masks and cells must lie on 16 bytes"),
@@ -177,16 +177,18 @@ def test_the_binding_refuses_sizes_that_contradict_each_other():
             compiled.cuda().bitmap_fragments_to_dense(**{**weight, "dense": 0, "dense_size": 3} | changed)
 
 
-# rows of cells of a segment of a random weight [512, 2048], at its sparsity
-@pytest.mark.parametrize("capacity", [21, 15], ids=["50%", "70%"])
+# rows of cells of a segment of a random weight [4096, 4096], the most and on average, at its sparsity
+@pytest.mark.parametrize(("capacity", "rows"), [(23, 16.9), (16, 10.5)], ids=["50%", "70%"])
 @pytest.mark.parametrize("shape", divisions.SHAPES, ids=str)
 @pytest.mark.parametrize("tokens", divisions.TOKENS)
-def test_on_an_h200_every_multiprocessor_has_enough_of_the_weight_under_way(on_host, shape, tokens, capacity):
-    registers, panels = {1: (88, 1), 16: (96, 1), 64: (168, 2)}[tokens]
-    segment_bytes = 512 + capacity * 256
+def test_on_an_h200_every_multiprocessor_has_enough_of_the_weight_under_way(on_host, shape, tokens, capacity, rows):
+    registers, panels = {1: (88, 1), 16: (96, 1), 64: (184, 2)}[tokens]
+    segment_bytes = 528 + rows * 256
     weight_bytes = shape[0] // 16 * (shape[1] // 256) * segment_bytes
+    # at 70 % shared memory takes 14 clocks for what memory brings in 12: fewer bytes are enough
+    enough = divisions.ENOUGH_BYTES if capacity == 23 else 25_000
     numbers = [tokens, *shape, 0, capacity]
-    divisions.assert_divided_well(on_host, 5, numbers, registers, panels * segment_bytes, weight_bytes)
+    divisions.assert_divided_well(on_host, 5, numbers, registers, panels * segment_bytes, weight_bytes, enough)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
