@@ -170,11 +170,6 @@ __device__ __forceinline__ uint32_t load_once(const void* global) {
   return to;
 }
 
-// bar.sync: waits until `threads`, a multiple of 32, have come to barrier `id` (0..15; 0 is __syncthreads')
-__device__ __forceinline__ void barrier(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 // %laneid: threadIdx.x % 32 in a register, which the compiler does not work out again wherever it is needed
 __device__ __forceinline__ int lane() {
   int lane;

@@ -206,7 +206,7 @@ void __stcg(T* to, T value) {
 }
 
 // ---- barriers, fences
-inline void __syncthreads() { on_host::wait_at_barrier(0, 0); }
+inline void __syncthreads() { on_host::wait_at_barrier(); }
 inline void __syncwarp(unsigned mask = on_host::kAllLanes) {
   on_host::meet(mask, "__syncwarp", nullptr, nullptr, [](const on_host::Meeting&) {});
 }

@@ -95,18 +95,6 @@ __global__ void bits_kernel(const uint32_t* x, uint32_t* y) {
   y[7] = atomicAdd(&y[8], 1u);
 }
 
-// two halves of a block keep their own time by barriers of their own
-__global__ void barriers_kernel(float* y) {
-  auto* smem = reinterpret_cast<float*>(ptx::shared_memory());
-  const unsigned half = threadIdx.x / 64, i = threadIdx.x % 64;
-  for (unsigned round = 0; round <= half; ++round) {
-    smem[threadIdx.x] = static_cast<float>(i + round);
-    ptx::barrier(1 + half, 64);
-    y[threadIdx.x] = smem[64 * half + 63 - i];
-    ptx::barrier(1 + half, 64);
-  }
-}
-
 // y[i] = the sum of what thread i of every block has left: the last block to come adds up. arrived is zero
 __global__ void last_block_kernel(float* left, unsigned* arrived, float* y, bool barrier) {
   auto* is_last = reinterpret_cast<int*>(ptx::shared_memory());
@@ -167,7 +155,6 @@ int main(int argc, char** argv) {
   if (op == "overrun") return in.finish(launch(overrun_kernel, 1, 32, 32 * sizeof(float) - 1, nullptr, y));
   if (op == "diverged") return in.finish(launch(diverged_kernel, 1, 32, 0, nullptr, y));
   if (op == "deserted") return in.finish(launch(deserted_kernel, 1, 32, 0, nullptr, y));
-  if (op == "barriers") return in.finish(launch(barriers_kernel, 1, 128, 128 * sizeof(float), nullptr, y));
   if (op == "too many threads") return in.finish(launch(overrun_kernel, 1, 1025, 0, nullptr, y));
   on_host::fail("no such op");
 }

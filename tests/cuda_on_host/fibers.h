@@ -73,11 +73,6 @@ struct Warp {
   std::map<unsigned, Meeting> meetings;  // by the mask of the lanes
 };
 
-struct Barrier {
-  unsigned came = 0, threads = 0;
-  std::vector<unsigned> who;
-};
-
 struct Block {
   dim3 index;
   std::vector<Thread> threads;
@@ -88,7 +83,7 @@ struct Block {
   bool anyone = false;  // has gone on in this sweep
   bool told = false;    // other blocks something, in this turn
   std::vector<Warp> warps;
-  std::map<int, Barrier> barriers;
+  std::vector<unsigned> at_barrier;  // the threads that have come to it
   std::unique_ptr<unsigned char[]> shared;
   size_t shared_bytes = 0;
   std::function<void()> body;
@@ -179,29 +174,19 @@ void meet(unsigned mask, const char* name, const void* in, void* out, Together t
   }
 }
 
-// bar.sync; threads 0 stands for all that have not ended
-inline void wait_at_barrier(int id, unsigned threads) {
-  if (id < 0 || id > 15) fail("there are barriers 0 to 15");
-  if (threads % 32 && threads != block->threads.size()) fail("a barrier takes whole warps");
-  Barrier& barrier = block->barriers[id];
-  if (barrier.came && barrier.threads != threads) fail("a barrier is asked for different numbers of threads");
-  barrier.threads = threads;
-  barrier.who.push_back(current->number);
-  ++barrier.came;
+inline void wait_at_barrier() {
+  block->at_barrier.push_back(current->number);
   current->waits_at = "a barrier";
   yield();
 }
 
-// Lets go whoever waits at a barrier that is complete.
-inline void open_barriers() {
+// Lets all go on when those that have not ended have come.
+inline void open_barrier() {
   unsigned alive = 0;
   for (const Thread& thread : block->threads) alive += !thread.done;
-  for (auto& [id, barrier] : block->barriers) {
-    if (barrier.came == 0 || barrier.came < (barrier.threads ? barrier.threads : alive)) continue;
-    if (barrier.threads && barrier.came > barrier.threads) fail("more threads than were asked for came to a barrier");
-    for (unsigned number : barrier.who) block->threads[number].waits_at = nullptr;
-    barrier = {};
-  }
+  if (block->at_barrier.size() < alive) return;
+  for (unsigned number : block->at_barrier) block->threads[number].waits_at = nullptr;
+  block->at_barrier.clear();
 }
 
 inline void tell_who_waits() {
@@ -282,7 +267,7 @@ inline void give_turn(Thread& thread) {
 
 // After it has given every thread its turn.
 inline void end_sweep() {
-  open_barriers();
+  open_barrier();
   const auto& threads = block->threads;
   if (!block->anyone && block->left > 0 && std::none_of(threads.begin(), threads.end(), can_go_on)) tell_who_waits();
   block->next_turn = 0;

@@ -194,8 +194,6 @@ inline uint32_t load_once(const void* global) {
   return to;
 }
 
-inline void barrier(int id, int threads) { on_host::wait_at_barrier(id, threads); }
-
 inline int lane() { return static_cast<int>(on_host::lane()); }
 
 inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }

@@ -114,13 +114,6 @@ def test_a_warp_that_does_not_come_together_is_told(program, op, said):
     assert said in done.stderr
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_barriers_with_numbers_hold_only_their_own_threads(program, order):
-    (y,) = program.run("barriers", [], [], [((2, 64), torch.float32)], order)
-    back = torch.arange(63.0, -1, -1)
-    assert torch.equal(y, torch.stack([back, back + 1]))
-
-
 def test_intrinsics_move_the_bits_that_the_manual_names(program):
     x = torch.tensor([0x44332211, 0x0BADF00D, 0x01010101], dtype=torch.int32)
     (y,) = program.run("bits", [x], [], [((9,), torch.int32)])
