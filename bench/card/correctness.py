@@ -77,7 +77,7 @@ def for_card(capability: list[int] | None) -> dict[str, str]:
 def not_built() -> dict[str, str]:
     """The modules that cannot be loaded, and why."""
     status, said, why = answer([sys.executable, "-c", MODULES], cwd=ROOT, env=with_path())
-    return json.loads(said) if status == 0 else dict.fromkeys(NEEDED, why.strip()[-500:])
+    return json.loads(said.splitlines()[-1]) if status == 0 else dict.fromkeys(NEEDED, why.strip()[-500:])
 
 
 def why_not_buildable() -> str | None:

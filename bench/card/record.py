@@ -63,7 +63,8 @@ def name_of(where: Json) -> str:
 def where_am_i(commit: str | None = None) -> Json:
     """What the numbers depend on. Asked in a process of its own, so that this one holds no memory of the card."""
     status, said, why = answer([sys.executable, "-c", MACHINE], env=with_path())
-    facts = json.loads(said) if status == 0 else {"gpu": None, "error": why[-2000:]}
+    # the last line: a library may have printed something before it
+    facts = json.loads(said.splitlines()[-1]) if status == 0 else {"gpu": None, "error": why[-2000:]}
     facts["driver"] = _driver()
     facts["triton"] = version("triton")
     facts["transformers"] = version("transformers")

@@ -51,8 +51,9 @@ def errors(rows: list[Json]) -> Iterator[str]:
         name = " ".join(str(row[key]) for key in ("stage", "case", "what") if key in row)
         for variant, reason in ({"": row["error"]} if "error" in row else row.get("errors", {})).items():
             # "NAME, captured" was timed as it is launched
+            first = str(reason).partition("\n")[0]
             if not variant.endswith(", captured"):
-                yield f"- {name}{', ' * bool(variant)}{variant}: {str(reason).splitlines()[0][:200]}"
+                yield f"- {name}{', ' * bool(variant)}{variant}: {first[:200]}"
 
 
 def page(data: Json) -> str:

@@ -20,7 +20,7 @@ from sparsekern.ops.addmm import addmm, matmul
 from sparsekern.ops.kernel import Kernel, never_refuses, pick
 
 # a corner this small is factored by the library, and so is a system; smaller is more accurate, and more launches, which
-# cost a card some 10 us each; on a card not measured yet
+# cost a card some 10 us each; on a card not measured yet: bench/card/solver.py times 256 to 2048 beside the whole
 _CORNER = {"cpu": 128, "cuda": 1024}
 # rows or columns of a triangle that one product takes; the zeros beyond them are left out
 _STRIPE = 512
@@ -55,7 +55,7 @@ def _factor_by_library(h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def by_halves(h: Tensor, corner: int | None = None) -> tuple[Tensor, Tensor]:
-    """As `reference`; `corner` is the largest matrix that the library factors, None the device's own."""
+    """As `reference`; `corner`, at least 16, is what the library factors at most; None: the device's own."""
     u = torch.zeros_like(h, memory_format=torch.contiguous_format)
     return u, _factor(h, u, corner or _CORNER[h.device.type])
 
