@@ -29,7 +29,7 @@ from torch.nn.functional import pad
 
 from sparsekern.formats.bitmap import Bitmap, pack_bits, unpack_bits
 from sparsekern.ops import bitmap_rows, compiled
-from sparsekern.ops.kernel import Kernel, never_refuses, pick
+from sparsekern.ops.kernel import Kernel, device_refuses, never_refuses, pick
 
 PANEL_ROWS = 16
 SEGMENT_INPUTS = 256
@@ -175,14 +175,9 @@ def to_dense(operands: Fragments, out_features: int, in_features: int) -> Tensor
     if operands[0].device.type != "cuda" or compiled.why_not("cuda"):
         return reference_inverse(operands, out_features, in_features).to_dense()
     dense = operands[3].new_empty(out_features, in_features)
-    # a launch goes to the current device
-    with torch.cuda.device(dense.device):
-        compiled.cuda().bitmap_fragments_to_dense(
-            **addresses(operands, out_features, in_features),
-            dense=dense.data_ptr(),
-            dense_size=dense.numel(),
-            stream=torch.cuda.current_stream().cuda_stream,
-        )
+    compiled.launch(
+        compiled.cuda().bitmap_fragments_to_dense, **addresses(operands, out_features, in_features), dense=dense
+    )
     return dense
 
 
@@ -246,10 +241,8 @@ def _cuda(packed: Bitmap) -> Fragments:
 
 
 def _cuda_refuses(packed: Bitmap) -> str | None:
-    if packed.device.type != "cuda":
-        return f"the weight must be on a CUDA device, got {packed.device}"
-    if packed.dtype not in _DTYPES:
-        return f"the weight must be bfloat16 or float16, got {packed.dtype}"
+    if refused := device_refuses(packed, "cuda", _DTYPES):
+        return refused
     if max(packed.shape) >= (1 << 31) - SEGMENT_INPUTS:
         return f"rows and columns must be fewer than 2^31 - {SEGMENT_INPUTS}, got {list(packed.shape)}"
     return compiled.why_not("cuda")
@@ -257,19 +250,14 @@ def _cuda_refuses(packed: Bitmap) -> str | None:
 
 def _masks(bitmap: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
     masks, quads = _masks_fake(bitmap, in_features)
-    # a launch goes to the current device
-    with torch.cuda.device(bitmap.device):
-        compiled.cuda().bitmap_fragments_masks(
-            bitmap=bitmap.data_ptr(),
-            bitmap_size=bitmap.numel(),
-            masks=masks.data_ptr(),
-            masks_size=masks.numel(),
-            quads=quads.data_ptr(),
-            quads_size=quads.numel(),
-            out_features=len(bitmap),
-            in_features=in_features,
-            stream=torch.cuda.current_stream().cuda_stream,
-        )
+    compiled.launch(
+        compiled.cuda().bitmap_fragments_masks,
+        bitmap=bitmap,
+        masks=masks,
+        quads=quads,
+        out_features=len(bitmap),
+        in_features=in_features,
+    )
     return masks, quads
 
 
@@ -283,20 +271,16 @@ def _masks_fake(bitmap: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
 
 def _cells(dense: Tensor, masks: Tensor, quad_rows: Tensor, cell_rows: int) -> Tensor:
     cells = _cells_fake(dense, masks, quad_rows, cell_rows)
-    with torch.cuda.device(dense.device):
-        compiled.cuda().bitmap_fragments_cells(
-            dense=dense.data_ptr(),
-            dense_size=dense.numel(),
-            masks=masks.data_ptr(),
-            masks_size=masks.numel(),
-            cells=cells.data_ptr(),
-            cell_rows=cell_rows,
-            quad_rows=quad_rows.data_ptr(),
-            quad_rows_size=quad_rows.numel(),
-            out_features=dense.shape[0],
-            in_features=dense.shape[1],
-            stream=torch.cuda.current_stream().cuda_stream,
-        )
+    compiled.launch(
+        compiled.cuda().bitmap_fragments_cells,
+        dense=dense,
+        masks=masks,
+        cells=cells.data_ptr(),
+        cell_rows=cell_rows,
+        quad_rows=quad_rows,
+        out_features=dense.shape[0],
+        in_features=dense.shape[1],
+    )
     return cells
 
 
