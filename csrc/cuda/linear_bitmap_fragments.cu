@@ -11,9 +11,9 @@
 //
 // Counted, none of it measured, for an H200 at 50 % and up to 8, 16, 32 and 64 tokens:
 //
-//     instructions a dense weight          3.1   3.3   3.5   4.2    to rebuild and multiply
+//     instructions a dense weight          3.2   3.4   3.6   4.2    to rebuild and multiply
 //                                          4.0   4.2   4.4   5.0    with what the loop does beside
-//     clocks of shared memory, 256 weights  13    15    15    19    of which memory needs 19 to bring them
+//     clocks of shared memory, 256 weights  13    15    15    19    which memory brings in 19
 //     registers, sm_90a                     80    90   130   166
 //
 // and 0.2 instructions more where a segment has more than 12 rows of cells to copy. An H200 affords 7.8. Of each tile of

@@ -2,7 +2,7 @@
 
 That order is bitmap_fragments.py's.
 
-A warp rebuilds fragments of 16 outputs x 16 inputs in registers, at about 3.1 instructions a dense weight, and
+A warp rebuilds fragments of 16 outputs x 16 inputs in registers, at about 3.2 instructions a dense weight, and
 multiplies each by up to 64 tokens: where the weight is read once from memory, the bytes that are left out are time that
 is saved. More tokens than `_DECODE_TOKENS` wait for arithmetic: the weight is expanded once for torch's own linear.
 Whether that is faster for fewer, a card knows: `cuda_expanded` does it for any number, so that a plan can measure it.
