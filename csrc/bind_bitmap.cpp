@@ -43,33 +43,6 @@ struct Weight {
   }
 };
 
-// A weight as it is saved: addresses, and the sizes of what lies there. What its rows say is for the ops themselves to check.
-struct Rows {
-  BitmapRows rows;
-
-  Rows(const std::string& dtype, Address values, int64_t values_size, Address bitmap, int64_t bitmap_size,
-       Address row_offsets, int64_t row_offsets_size, int64_t out_features, int64_t in_features)
-      : rows{dtype_of(dtype),
-             reinterpret_cast<const void*>(values),
-             reinterpret_cast<const uint8_t*>(bitmap),
-             reinterpret_cast<const int64_t*>(row_offsets),
-             values_size,
-             out_features,
-             in_features} {
-    check_features(out_features, in_features);
-    check(values_size >= 0, "values_size must not be negative, got ", values_size);
-    int64_t bytes;
-    check(!__builtin_mul_overflow(out_features, bitmap_row_bytes(in_features), &bytes) && bitmap_size == bytes,
-          "bitmap must hold out_features rows of ", bitmap_row_bytes(in_features), " bytes, got ", bitmap_size,
-          " in all");
-    check(row_offsets_size == out_features + 1, "row_offsets must hold ", out_features + 1, " offsets, got ",
-          row_offsets_size);
-    check(rows.row_offsets[0] == 0 && rows.row_offsets[out_features] == values_size,
-          "row_offsets must run from 0 to the ", values_size, " values, got ", rows.row_offsets[0], " to ",
-          rows.row_offsets[out_features]);
-  }
-};
-
 DenseRows dense_rows(const std::string& dtype, Address weight, int64_t row_stride, int64_t out_features,
                      int64_t in_features) {
   check_features(out_features, in_features);
@@ -173,13 +146,7 @@ void expand_bitmap_checked(const Weight& packed, Address dense, int64_t dense_si
                            int64_t end_panel, int threads, const std::string& isa) {
   const BitmapWeight& weight = packed.weight;
   check_threads(threads);
-  check(0 <= first_panel && first_panel <= end_panel && end_panel <= packed.panels, "panels must lie in 0..",
-        packed.panels, ", got ", first_panel, "..", end_panel);
-  const int64_t end_row =
-      end_panel * kPanelRows < weight.out_features ? end_panel * kPanelRows : weight.out_features;
-  const int64_t rows = first_panel < end_panel ? end_row - first_panel * kPanelRows : 0;
-  check(dense_size == rows * weight.in_features, "dense must hold ", rows * weight.in_features, " elements, got ",
-        dense_size);
+  check_panels(dense_size, first_panel, end_panel, weight.out_features, weight.in_features);
   const int set = find_set(kLinearBitmapSets, isa);
   if (dense_size == 0) return;
   py::gil_scoped_release release;
@@ -203,7 +170,12 @@ void bind_bitmap(py::module_& module) {
   module.def("expand_bitmap", expand_bitmap_checked, py::arg("weight"), py::arg("dense"), py::arg("dense_size"),
              py::arg("first_panel"), py::arg("end_panel"), py::arg("threads"), py::arg("isa") = "");
   py::class_<Rows>(module, "BitmapRows", "Addresses and sizes of a weight as it is saved; see csrc/ops.h.")
-      .def(py::init<const std::string&, Address, int64_t, Address, int64_t, Address, int64_t, int64_t, int64_t>(),
+      .def(py::init([](const std::string& dtype, Address values, int64_t values_size, Address bitmap,
+                       int64_t bitmap_size, Address row_offsets, int64_t row_offsets_size, int64_t out_features,
+                       int64_t in_features) {
+             return Rows(dtype_of(dtype), values, values_size, bitmap, bitmap_size, row_offsets, row_offsets_size,
+                         out_features, in_features);
+           }),
            py::arg("dtype"), py::arg("values"), py::arg("values_size"), py::arg("bitmap"), py::arg("bitmap_size"),
            py::arg("row_offsets"), py::arg("row_offsets_size"), py::arg("out_features"), py::arg("in_features"));
   module.def("bitmap_rows_sets", [] { return names_of(kBitmapRowsSets); }, "Those this machine has, best first.");

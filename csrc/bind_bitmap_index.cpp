@@ -44,30 +44,18 @@ struct IndexWeight {
   }
 };
 
-struct Rows {
-  BitmapRows rows;
-
-  Rows(const std::string& dtype, Address values, int64_t values_size, Address bitmap, int64_t bitmap_size,
-       Address row_offsets, int64_t row_offsets_size, int64_t out_features, int64_t in_features)
-      : rows{values_of(dtype),
-             reinterpret_cast<const void*>(values),
-             reinterpret_cast<const uint8_t*>(bitmap),
-             reinterpret_cast<const int64_t*>(row_offsets),
-             values_size,
-             out_features,
-             in_features} {
-    check_features(out_features, in_features);
-    check_size("bitmap", bitmap_size, out_features, bitmap_row_bytes(in_features));
-    check_size("row_offsets", row_offsets_size, 1, out_features + 1);
-    check(rows.row_offsets[0] == 0 && rows.row_offsets[out_features] == values_size,
-          "row_offsets must run from 0 to the ", values_size, " values");
+struct IndexRows : Rows {
+  IndexRows(const std::string& dtype, Address values, int64_t values_size, Address bitmap, int64_t bitmap_size,
+            Address row_offsets, int64_t row_offsets_size, int64_t out_features, int64_t in_features)
+      : Rows(values_of(dtype), values, values_size, bitmap, bitmap_size, row_offsets, row_offsets_size, out_features,
+             in_features) {
     // rows that do not count their ones would be written outside
     check(check_bitmap(rows, find_set(kBitmapRowsSets, ""), 1) == kNoRow,
           "bitmap must keep as many weights in every row as row_offsets say");
   }
 };
 
-int64_t steps_checked(const Rows& packed, Address steps, int64_t steps_size, Address step_offsets,
+int64_t steps_checked(const IndexRows& packed, Address steps, int64_t steps_size, Address step_offsets,
                       int64_t step_offsets_size, Address value_offsets, int64_t value_offsets_size) {
   const int64_t panels = panels_of(packed.rows.out_features);
   check_size("steps", steps_size, panels, windows_of(packed.rows.in_features));
@@ -81,7 +69,7 @@ int64_t steps_checked(const Rows& packed, Address steps, int64_t steps_size, Add
 }
 
 // The steps are those that were written for the same rows.
-void fill_checked(const Rows& packed, const IndexWeight& made, int threads) {
+void fill_checked(const IndexRows& packed, const IndexWeight& made, int threads) {
   check_threads(threads);
   check_size("values", made.weight.value_offsets[made.panels], 1, packed.rows.kept);
   check(made.weight.out_features == packed.rows.out_features && made.weight.in_features == packed.rows.in_features &&
@@ -149,7 +137,7 @@ void bind_bitmap_index(py::module_& module) {
              return IndexWeight(values_of(dtype), operands, out_features, in_features);
            }),
            py::arg("dtype"), py::arg("operands"), py::arg("out_features"), py::arg("in_features"));
-  py::class_<Rows>(module, "BitmapIndexRows", "Addresses and sizes of a weight as it is saved; see csrc/ops.h.")
+  py::class_<IndexRows>(module, "BitmapIndexRows", "Addresses and sizes of a weight as it is saved; see csrc/ops.h.")
       .def(py::init<const std::string&, Address, int64_t, Address, int64_t, Address, int64_t, int64_t, int64_t>(),
            py::arg("dtype"), py::arg("values"), py::arg("values_size"), py::arg("bitmap"), py::arg("bitmap_size"), py::arg("row_offsets"),
            py::arg("row_offsets_size"), py::arg("out_features"), py::arg("in_features"));

@@ -49,10 +49,7 @@ void expand_checked(const Int8Weight& packed, Address dense, int64_t dense_size,
                     int threads, const std::string& isa) {
   const BitmapInt8Weight& weight = packed.weight;
   check_threads(threads);
-  check(0 <= first_panel && first_panel <= end_panel && end_panel <= packed.panels, "panels must lie in 0..",
-        packed.panels, ", got ", first_panel, "..", end_panel);
-  const int64_t end_row = end_panel * kPanelRows < weight.out_features ? end_panel * kPanelRows : weight.out_features;
-  check_size("dense", dense_size, first_panel < end_panel ? end_row - first_panel * kPanelRows : 0, weight.in_features);
+  check_panels(dense_size, first_panel, end_panel, weight.out_features, weight.in_features);
   const int set = find_set(kLinearBitmapInt8Sets, isa);
   if (dense_size == 0) return;
   py::gil_scoped_release release;
@@ -64,26 +61,14 @@ int64_t to_panels_checked(Address values, int64_t values_size, Address bitmap, i
                           int64_t masks_size, Address panel_values, int64_t panel_values_size, Address panel_offsets,
                           int64_t panel_offsets_size, int threads, const std::string& isa) {
   check_threads(threads);
-  check_features(out_features, in_features);
-  check_size("bitmap", bitmap_size, out_features, bitmap_row_bytes(in_features));
-  check(row_offsets_size == out_features + 1, "row_offsets must hold ", out_features + 1, " offsets, got ",
-        row_offsets_size);
-  const BitmapRows rows = {DType::kInt8,
-                           reinterpret_cast<const void*>(values),
-                           reinterpret_cast<const uint8_t*>(bitmap),
-                           reinterpret_cast<const int64_t*>(row_offsets),
-                           values_size,
-                           out_features,
-                           in_features};
-  check(values_size >= 0 && rows.row_offsets[0] == 0 && rows.row_offsets[out_features] == values_size,
-        "row_offsets must run from 0 to the ", values_size, " values, got ", rows.row_offsets[0], " to ",
-        rows.row_offsets[out_features]);
+  const Rows packed(DType::kInt8, values, values_size, bitmap, bitmap_size, row_offsets, row_offsets_size, out_features,
+                    in_features);
   check_size("masks", masks_size, panels_of(out_features), masks_of(in_features));
   check_size("values", panel_values_size, 1, values_size + kTailBytes);
   check_size("panel_offsets", panel_offsets_size, 1, panels_of(out_features) + 1);
   const int set = find_set(kLinearBitmapInt8Sets, isa);
   py::gil_scoped_release release;
-  return row_or_none(bitmap_int8_to_panels(rows, reinterpret_cast<uint64_t*>(masks),
+  return row_or_none(bitmap_int8_to_panels(packed.rows, reinterpret_cast<uint64_t*>(masks),
                                            reinterpret_cast<int8_t*>(panel_values),
                                            reinterpret_cast<int64_t*>(panel_offsets), set, threads));
 }

@@ -107,6 +107,41 @@ inline void check_operands(const py::tuple& operands, size_t count) {
         static_cast<int64_t>(operands.size()));
 }
 
+// A weight as it is saved: addresses, and the sizes of what lies there. What its rows say is for the ops themselves to check.
+struct Rows {
+  BitmapRows rows;
+
+  Rows(DType dtype, Address values, int64_t values_size, Address bitmap, int64_t bitmap_size,
+       Address row_offsets, int64_t row_offsets_size, int64_t out_features, int64_t in_features)
+      : rows{dtype,
+             reinterpret_cast<const void*>(values),
+             reinterpret_cast<const uint8_t*>(bitmap),
+             reinterpret_cast<const int64_t*>(row_offsets),
+             values_size,
+             out_features,
+             in_features} {
+    check_features(out_features, in_features);
+    check(values_size >= 0, "values_size must not be negative, got ", values_size);
+    int64_t bytes;
+    check(!__builtin_mul_overflow(out_features, bitmap_row_bytes(in_features), &bytes) && bitmap_size == bytes,
+          "bitmap must hold out_features rows of ", bitmap_row_bytes(in_features), " bytes, got ", bitmap_size,
+          " in all");
+    check(row_offsets_size == out_features + 1, "row_offsets must hold ", out_features + 1, " offsets, got ",
+          row_offsets_size);
+    check(rows.row_offsets[0] == 0 && rows.row_offsets[out_features] == values_size,
+          "row_offsets must run from 0 to the ", values_size, " values, got ", rows.row_offsets[0], " to ",
+          rows.row_offsets[out_features]);
+  }
+};
+
+// Throws unless `dense` holds the rows of panels first to end - 1.
+inline void check_panels(int64_t dense_size, int64_t first, int64_t end, int64_t out_features, int64_t in_features) {
+  const int64_t panels = panels_of(out_features);
+  check(0 <= first && first <= end && end <= panels, "panels must lie in 0..", panels, ", got ", first, "..", end);
+  const int64_t end_row = end * kPanelRows < out_features ? end * kPanelRows : out_features;
+  check_size("dense", dense_size, first < end ? end_row - first * kPanelRows : 0, in_features);
+}
+
 // What an int8 weight's kind says, which has no elements: its dtype is that of x, and its second size the inputs of a group,
 // 0 when all share a scale.
 struct Int8Kind {

@@ -2,7 +2,7 @@
 // no STL here, as in linear_bitmap_avx512.h.
 #pragma once
 
-#include "fresh_zero.h"
+#include "bf16_avx512.h"
 #include "linear_bitmap_int8.h"
 
 namespace sparsekern {
@@ -15,21 +15,9 @@ inline __m512i dot(__m512i sum, __m512i x, __m512i w) {
   return sum;
 }
 
-inline void store_bf16(uint16_t* target, __m512 wide, __mmask16 rows) {
-  // to nearest, ties to even; rounding up the bits of a NaN could make it infinite
-  const __m512i bits = _mm512_castps_si512(wide);
-  const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
-  const __mmask16 nan = _mm512_cmp_ps_mask(wide, wide, _CMP_UNORD_Q);
-  const __m512i high = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16);
-  _mm256_mask_storeu_epi16(target, rows, _mm512_cvtepi32_epi16(high));
-}
-
 inline __m512 load_as(const void* source, DType dtype, int64_t offset, __mmask16 lanes) {
   if (dtype == DType::kFloat32) return _mm512_maskz_loadu_ps(lanes, static_cast<const float*>(source) + offset);
-  const auto* words = static_cast<const uint16_t*>(source) + offset;
-  const __m512i wide = _mm512_maskz_cvtepu16_epi32(lanes, _mm256_maskz_loadu_epi16(lanes, words));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  return load_bf16(static_cast<const uint16_t*>(source) + offset, lanes);
 }
 
 inline void store_as(void* target, DType dtype, int64_t offset, __m512 x, __mmask16 lanes) {

@@ -6,7 +6,7 @@
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512bf16,fma,popcnt,bmi2")
 
-#include "fresh_zero.h"
+#include "bf16_avx512.h"
 #include "linear_bitmap_index.h"
 
 namespace sparsekern {
@@ -81,11 +81,6 @@ struct Cursor {
     return step;
   }
 };
-
-inline __m512 load_bf16(const uint16_t* source, __mmask16 rows) {
-  const __m512i words = _mm512_maskz_cvtepu16_epi32(rows, _mm256_maskz_loadu_epi16(rows, source));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
-}
 
 void store(const IndexCall& call, int64_t token, int64_t panel, __m512 sum) {
   const BitmapIndexWeight& weight = *call.weight;

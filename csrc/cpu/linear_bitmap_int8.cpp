@@ -84,18 +84,11 @@ bool linear_bitmap_int8(const BitmapInt8Weight& weight, const void* x, const voi
 void expand_bitmap_int8(const BitmapInt8Weight& weight, void* dense, int64_t first_panel, int64_t end_panel, int set,
                         int threads) {
   const LinearBitmapInt8Panels& kernel = *kKernels[set].linear;
-  threads = worth_threads(threads, panel_bytes(weight, first_panel, end_panel));
-  if (threads <= 1) {
-    kernel.expand(weight, dense, first_panel, end_panel);
-    return;
-  }
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-  for (int part = 0; part < threads; ++part) {
-    const int64_t first = first_panel_of(weight, first_panel, end_panel, part, threads);
-    const int64_t end = first_panel_of(weight, first_panel, end_panel, part + 1, threads);
+  const auto bytes = [&](int64_t first, int64_t end) { return panel_bytes(weight, first, end); };
+  share_out(threads, first_panel, end_panel, bytes, [&](int64_t first, int64_t end) {
     const int64_t offset = (first - first_panel) * kPanelRows * weight.in_features * value_bytes(weight.dtype);
     kernel.expand(weight, static_cast<char*>(dense) + offset, first, end);
-  }
+  });
 }
 
 int64_t bitmap_int8_to_panels(const BitmapRows& packed, uint64_t* masks, int8_t* values, int64_t* panel_offsets,

@@ -3,6 +3,7 @@
 
 #include "linear_bitmap_nonzero.h"
 
+#include <atomic>
 #include <cstdlib>
 
 namespace sparsekern {
@@ -65,28 +66,16 @@ Nonzero linear_bitmap_nonzero(const LinearBitmapNonzero& kernel, const BitmapWei
   // what a row that has no more steps is multiplied with, times zero
   std::memset(packed + dwords - kMaxVectors * kLaneTokens, 0, kMaxVectors * kLaneTokens * sizeof(uint32_t));
   const NonzeroX packed_x = {x, weight.in_features, packed};
+  std::atomic<bool> finite{true};
   const auto pack = [&](int part, int parts) {
-    return kernel.pack(packed_x, weight.dtype, blocks, tiles * part / parts, tiles * (part + 1) / parts);
+    if (!kernel.pack(packed_x, weight.dtype, blocks, tiles * part / parts, tiles * (part + 1) / parts)) finite = false;
   };
   const auto multiply = [&](int part, int parts) {
+    if (!finite) return;
     kernel.linear(weight, packed, blocks, bias, y, first_panel_of(weight, 0, panels, part, parts),
                   first_panel_of(weight, 0, panels, part + 1, parts), scratch[part]);
   };
-  bool finite = true;
-  if (threads <= 1) {
-    finite = pack(0, 1);
-    if (finite) multiply(0, 1);
-  } else {
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static, 1) reduction(&& : finite)
-      for (int part = 0; part < threads; ++part) finite = pack(part, threads) && finite;
-      if (finite) {
-#pragma omp for schedule(static, 1)
-        for (int part = 0; part < threads; ++part) multiply(part, threads);
-      }
-    }
-  }
+  pack_and_run(threads, true, pack, multiply);
   std::free(packed);
   std::free(scratch);
   return finite ? Nonzero::kDone : Nonzero::kNotFinite;

@@ -34,6 +34,22 @@ int64_t first_panel_of_part(int64_t first, int64_t end, int part, int parts, Byt
   return low;
 }
 
+// Calls run(first, end) for parts of panels first_panel to end_panel - 1 that read as many bytes each, each on its own
+// thread; bytes(a, b) as above.
+template <class Bytes, class Run>
+void share_out(int threads, int64_t first_panel, int64_t end_panel, Bytes&& bytes, Run&& run) {
+  threads = worth_threads(threads, bytes(first_panel, end_panel));
+  if (threads <= 1) {
+    run(first_panel, end_panel);
+    return;
+  }
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int part = 0; part < threads; ++part) {
+    run(first_panel_of_part(first_panel, end_panel, part, threads, bytes),
+        first_panel_of_part(first_panel, end_panel, part + 1, threads, bytes));
+  }
+}
+
 // Calls pack(part, parts) for every part, unless nothing has to be packed, and run(part, parts) when all are packed, each
 // part on its own thread. With one thread it starts no parallel region.
 template <class Pack, class Run>

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from sparsekern.formats.bitmap import DTYPES, Bitmap, pack_bits, unpack_bits
 from sparsekern.ops import bitmap_rows, compiled
-from sparsekern.ops.kernel import Kernel, never_refuses, pick
+from sparsekern.ops.kernel import Kernel, device_refuses, never_refuses, pick
 
 PANEL_ROWS = 16
 BLOCK_INPUTS = 32
@@ -100,11 +100,7 @@ def _from_panels_cpu(operands: Panels, out_features: int, in_features: int, isa:
 
 
 def _cpu_refuses(values: Tensor) -> str | None:
-    if values.device.type != "cpu":
-        return f"the weight must be on the CPU, got {values.device}"
-    if values.dtype not in DTYPES:
-        return f"the weight must be bfloat16, float16 or float32, got {values.dtype}"
-    return compiled.why_not("cpu")
+    return device_refuses(values, "cpu", DTYPES) or compiled.why_not("cpu")
 
 
 def _check_shapes(operands: Panels, out_features: int, in_features: int) -> None:

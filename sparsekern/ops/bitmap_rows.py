@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsekern.formats.bitmap import DTYPES, Bitmap, not_finite
 from sparsekern.ops import compiled
-from sparsekern.ops.kernel import Kernel, never_refuses, pick
+from sparsekern.ops.kernel import Kernel, device_refuses, never_refuses, pick
 
 
 def reference(weight: Tensor) -> Bitmap:
@@ -175,22 +175,17 @@ def _to_dense_cuda(packed: Bitmap) -> Tensor:
 def _bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     out_features, in_features = weight.shape
     bitmap, counts, status = _bits_fake(weight)
-    # a launch goes to the current device
-    with torch.cuda.device(weight.device):
-        compiled.cuda().bitmap_bits(
-            dense=weight.data_ptr(),
-            stride=weight.stride(0),
-            dtype=str(weight.dtype).removeprefix("torch."),
-            bitmap=bitmap.data_ptr(),
-            bitmap_size=bitmap.numel(),
-            counts=counts.data_ptr(),
-            counts_size=counts.numel(),
-            status=status.data_ptr(),
-            status_size=status.numel(),
-            out_features=out_features,
-            in_features=in_features,
-            stream=torch.cuda.current_stream().cuda_stream,
-        )
+    compiled.launch(
+        compiled.cuda().bitmap_bits,
+        dense=weight.data_ptr(),
+        stride=weight.stride(0),
+        dtype=str(weight.dtype).removeprefix("torch."),
+        bitmap=bitmap,
+        counts=counts,
+        status=status,
+        out_features=out_features,
+        in_features=in_features,
+    )
     return bitmap, counts, status
 
 
@@ -206,21 +201,17 @@ def _bits_fake(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _values(weight: Tensor, bitmap: Tensor, row_offsets: Tensor, kept: int) -> Tensor:
     out_features, in_features = weight.shape
     values = weight.new_empty(kept)
-    with torch.cuda.device(weight.device):
-        compiled.cuda().bitmap_values(
-            dense=weight.data_ptr(),
-            stride=weight.stride(0),
-            dtype=str(weight.dtype).removeprefix("torch."),
-            bitmap=bitmap.data_ptr(),
-            bitmap_size=bitmap.numel(),
-            row_offsets=row_offsets.data_ptr(),
-            row_offsets_size=row_offsets.numel(),
-            values=values.data_ptr(),
-            values_size=values.numel(),
-            out_features=out_features,
-            in_features=in_features,
-            stream=torch.cuda.current_stream().cuda_stream,
-        )
+    compiled.launch(
+        compiled.cuda().bitmap_values,
+        dense=weight.data_ptr(),
+        stride=weight.stride(0),
+        dtype=str(weight.dtype).removeprefix("torch."),
+        bitmap=bitmap,
+        row_offsets=row_offsets,
+        values=values,
+        out_features=out_features,
+        in_features=in_features,
+    )
     return values
 
 
@@ -230,23 +221,17 @@ def _values_fake(weight: Tensor, bitmap: Tensor, row_offsets: Tensor, kept: int)
 
 def _dense(values: Tensor, bitmap: Tensor, row_offsets: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
     dense, status = _dense_fake(values, bitmap, row_offsets, in_features)
-    with torch.cuda.device(values.device):
-        compiled.cuda().bitmap_to_dense(
-            values=values.data_ptr(),
-            values_size=values.numel(),
-            dtype=str(values.dtype).removeprefix("torch."),
-            bitmap=bitmap.data_ptr(),
-            bitmap_size=bitmap.numel(),
-            row_offsets=row_offsets.data_ptr(),
-            row_offsets_size=row_offsets.numel(),
-            dense=dense.data_ptr(),
-            dense_size=dense.numel(),
-            status=status.data_ptr(),
-            status_size=status.numel(),
-            out_features=len(dense),
-            in_features=in_features,
-            stream=torch.cuda.current_stream().cuda_stream,
-        )
+    compiled.launch(
+        compiled.cuda().bitmap_to_dense,
+        values=values,
+        dtype=str(values.dtype).removeprefix("torch."),
+        bitmap=bitmap,
+        row_offsets=row_offsets,
+        dense=dense,
+        status=status,
+        out_features=len(dense),
+        in_features=in_features,
+    )
     return dense, status
 
 
@@ -271,19 +256,11 @@ torch.library.register_fake("sparsekern::bitmap_to_dense", _dense_fake, lib=_LIB
 
 
 def _cuda_refuses(weight: Tensor) -> str | None:
-    if weight.device.type != "cuda":
-        return f"the weight must be on a CUDA device, got {weight.device}"
-    if weight.dtype not in DTYPES:
-        return f"the weight must be bfloat16, float16 or float32, got {weight.dtype}"
-    return compiled.why_not("cuda")
+    return device_refuses(weight, "cuda", DTYPES) or compiled.why_not("cuda")
 
 
 def _cpu_refuses(weight: Tensor) -> str | None:
-    if weight.device.type != "cpu":
-        return f"the weight must be on the CPU, got {weight.device}"
-    if weight.dtype not in DTYPES:
-        return f"the weight must be bfloat16, float16 or float32, got {weight.dtype}"
-    return compiled.why_not("cpu")
+    return device_refuses(weight, "cpu", DTYPES) or compiled.why_not("cpu")
 
 
 def _pack_refuses(weight: Tensor) -> str | None:

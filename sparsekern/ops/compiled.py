@@ -93,7 +93,7 @@ def launch(start: Callable[..., None], **arguments: Any) -> None:
     for name, argument in arguments.items():
         if argument is None:
             given[name] = given[name + "_size"] = 0
-        elif isinstance(argument, int):
+        elif isinstance(argument, (int, str)):
             given[name] = argument
         else:
             given[name], given[name + "_size"] = argument.data_ptr(), argument.numel()

@@ -97,20 +97,16 @@ def _cuda_refuses(saliency: Tensor) -> str | None:
 
 def _keep_largest(saliency: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     mask, status = _keep_largest_fake(saliency, kept)
-    # a launch goes to the current device
-    with torch.cuda.device(saliency.device):
-        compiled.cuda().keep_largest(
-            saliency=saliency.data_ptr(),
-            kept=kept.data_ptr(),
-            kept_stride=kept.stride(0),
-            mask=mask.data_ptr(),
-            mask_size=mask.numel(),
-            status=status.data_ptr(),
-            status_size=status.numel(),
-            sets=saliency.shape[0],
-            size=saliency.shape[1],
-            stream=torch.cuda.current_stream().cuda_stream,
-        )
+    compiled.launch(
+        compiled.cuda().keep_largest,
+        saliency=saliency.data_ptr(),
+        kept=kept.data_ptr(),
+        kept_stride=kept.stride(0),
+        mask=mask,
+        status=status,
+        sets=saliency.shape[0],
+        size=saliency.shape[1],
+    )
     return mask, status
 
 

@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 from sparsekern.formats.bitmap import Bitmap
 from sparsekern.formats.bitmap_int8 import BitmapInt8
 from sparsekern.ops import bitmap_rows, compiled
-from sparsekern.ops.kernel import Kernel
+from sparsekern.ops.kernel import Kernel, device_refuses
 from sparsekern.ops.linear_call import CpuLinear, weight_op
 
 PANEL_ROWS = 16
@@ -122,11 +122,7 @@ def run(x: Tensor, operands: Operands, bias: Tensor | None, out_features: int, i
 
 def refuses(packed: Bitmap) -> str | None:
     """Why `run` cannot serve a weight, or never wins; None: it can."""
-    if packed.device.type != "cpu":
-        return f"the weight must be on the CPU, got {packed.device}"
-    if packed.dtype != torch.bfloat16:
-        return f"the weight must be bfloat16, got {packed.dtype}"
-    if reason := compiled.why_not("cpu"):
+    if reason := device_refuses(packed, "cpu", (torch.bfloat16,)) or compiled.why_not("cpu"):
         return reason
     if not compiled.cpu().has_linear_bitmap_index():
         return "the processor must have AVX-512 with VBMI, VBMI2 and BF16"

@@ -16,7 +16,7 @@ from torch.nn.functional import linear, pad
 from sparsekern.formats.dense import DTYPES, Dense
 from sparsekern.ops import compiled
 from sparsekern.ops.bitmap_panels import BLOCK_INPUTS, PANEL_ROWS
-from sparsekern.ops.kernel import Kernel, never_refuses
+from sparsekern.ops.kernel import Kernel, device_refuses, never_refuses
 from sparsekern.ops.linear_call import CpuLinear
 
 _PAIRS = {torch.bfloat16: torch.int32, torch.float16: torch.int32, torch.float32: torch.int64}
@@ -84,11 +84,7 @@ def _run_cpu(x: Tensor, operands: tuple[Tensor], bias: Tensor | None, out_featur
 
 
 def _cpu_refuses(packed: Dense) -> str | None:
-    if packed.device.type != "cpu":
-        return f"the weight must be on the CPU, got {packed.device}"
-    if packed.dtype not in DTYPES:
-        return f"the weight must be bfloat16, float16 or float32, got {packed.dtype}"
-    return compiled.why_not("cpu")
+    return device_refuses(packed, "cpu", DTYPES) or compiled.why_not("cpu")
 
 
 def _as_saved(packed: Dense) -> tuple[Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from sparsekern.formats.bitmap import DTYPES
 from sparsekern.formats.semi_structured import SemiStructured, not_24, not_finite
 from sparsekern.ops import compiled
-from sparsekern.ops.kernel import Kernel, never_refuses, pick
+from sparsekern.ops.kernel import Kernel, device_refuses, never_refuses, pick
 
 
 def reference(weight: Tensor) -> SemiStructured:
@@ -75,32 +75,22 @@ def _to_dense_refuses(packed: SemiStructured) -> str | None:
 
 
 def _refuses(weight: Tensor) -> str | None:
-    if weight.device.type != "cuda":
-        return f"the weight must be on a CUDA device, got {weight.device}"
-    if weight.dtype not in DTYPES:
-        return f"the weight must be bfloat16, float16 or float32, got {weight.dtype}"
-    return compiled.why_not("cuda")
+    return device_refuses(weight, "cuda", DTYPES) or compiled.why_not("cuda")
 
 
 def _pack(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     out_features, in_features = weight.shape
     values, metadata, status = _new(weight, out_features, in_features)
-    # a launch goes to the current device
-    with torch.cuda.device(weight.device):
-        compiled.cuda().pack_24(
-            dense=weight.data_ptr(),
-            dense_size=weight.numel(),
-            dtype=str(weight.dtype).removeprefix("torch."),
-            values=values.data_ptr(),
-            values_size=values.numel(),
-            metadata=metadata.data_ptr(),
-            metadata_size=metadata.numel(),
-            status=status.data_ptr(),
-            status_size=status.numel(),
-            out_features=out_features,
-            in_features=in_features,
-            stream=torch.cuda.current_stream().cuda_stream,
-        )
+    compiled.launch(
+        compiled.cuda().pack_24,
+        dense=weight,
+        dtype=str(weight.dtype).removeprefix("torch."),
+        values=values,
+        metadata=metadata,
+        status=status,
+        out_features=out_features,
+        in_features=in_features,
+    )
     return values, metadata, status
 
 
@@ -118,21 +108,16 @@ def _pack_fake(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _unpack(values: Tensor, metadata: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
     dense, status = _unpack_fake(values, metadata, in_features)
-    with torch.cuda.device(values.device):
-        compiled.cuda().unpack_24(
-            values=values.data_ptr(),
-            values_size=values.numel(),
-            dtype=str(values.dtype).removeprefix("torch."),
-            metadata=metadata.data_ptr(),
-            metadata_size=metadata.numel(),
-            dense=dense.data_ptr(),
-            dense_size=dense.numel(),
-            status=status.data_ptr(),
-            status_size=status.numel(),
-            out_features=len(values),
-            in_features=in_features,
-            stream=torch.cuda.current_stream().cuda_stream,
-        )
+    compiled.launch(
+        compiled.cuda().unpack_24,
+        values=values,
+        dtype=str(values.dtype).removeprefix("torch."),
+        metadata=metadata,
+        dense=dense,
+        status=status,
+        out_features=len(values),
+        in_features=in_features,
+    )
     return dense, status
 
 

@@ -1,8 +1,18 @@
-"""Triton's interpreter beside a numpy that its version does not know."""
+"""Where Triton's tests run: not without Triton, each with a cache of its own, and beside a numpy newer than it."""
 
 import os
 
 import pytest
+
+from sparsekern.ops import triton
+
+
+@pytest.fixture
+def where_triton_is(monkeypatch, tmp_path):
+    if reason := triton.why_not():
+        pytest.skip(reason)
+    # a kernel that an earlier version compiled is not asked for, and a home that cannot be written is not needed
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
 @pytest.fixture(autouse=True)

@@ -1,28 +1,12 @@
-"""keep_largest in Triton: its cases, interpreted and on a card, and what the compiler makes of the kernels."""
+"""keep_largest in Triton: what the compiler makes of the kernels."""
 
 import pytest
 import torch
 
-from sparsekern.ops import keep_largest, triton
-from tests.ops.triton.without_a_card import assert_cases_hold, compiled_for
+from sparsekern.ops import keep_largest
+from tests.ops.triton.without_a_card import compiled_for
 
-CASES = "keep_largest_cases.py"
-
-
-@pytest.fixture(autouse=True)
-def _where_triton_is(monkeypatch, tmp_path):
-    if reason := triton.why_not():
-        pytest.skip(reason)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-
-
-def test_every_case_holds_in_the_interpreter():
-    assert_cases_hold(CASES, interpret="1")
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_every_case_holds_on_a_card():
-    assert_cases_hold(CASES, interpret="0")
+pytestmark = pytest.mark.usefixtures("where_triton_is")
 
 
 @pytest.mark.parametrize(

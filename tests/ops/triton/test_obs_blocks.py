@@ -1,31 +1,15 @@
-"""obs_blocks in Triton: obs_blocks_cases.py, interpreted and on a card, and what the compiler makes of the kernels."""
+"""obs_blocks in Triton: what the compiler makes of the kernels."""
 
 import pytest
 import torch
 
-from sparsekern.ops import triton
-from tests.ops.triton.without_a_card import assert_cases_hold, compiled_for
+from tests.ops.triton.without_a_card import compiled_for
 
-CASES = "obs_blocks_cases.py"
+pytestmark = pytest.mark.usefixtures("where_triton_is")
+
 TYPES = dict.fromkeys(("w_ptr", "u_ptr", "before_ptr", "e_ptr"), "*fp32") | {"counts_ptr": "*i32"}
 TYPES |= {"own_counts_ptr": "*i32", "may_ptr": "*i1", "mask_ptr": "*i1"}
 TYPES |= dict.fromkeys(("block", "kept", "rows", "columns", "mask_row", "mask_block"), "i32")
-
-
-@pytest.fixture(autouse=True)
-def _where_triton_is(monkeypatch, tmp_path):
-    if reason := triton.why_not():
-        pytest.skip(reason)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-
-
-def test_every_case_holds_in_the_interpreter():
-    assert_cases_hold(CASES, interpret="1")
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_every_case_holds_on_a_card():
-    assert_cases_hold(CASES, interpret="0")
 
 
 def test_one_layer_after_the_other_uses_the_same_second_stream(monkeypatch):
